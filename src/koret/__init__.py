@@ -1,0 +1,1 @@
+"""koret: fine-tune Korean retrieval embeddings, and prove that they got better."""

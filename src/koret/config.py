@@ -1,0 +1,231 @@
+"""TrainingConfig: every knob, its default, its meaning, its validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+def _knob(default: Any, help: str, group: str, **limits: Any) -> Any:
+    """Declare a field: default, one line of help, the group it is shown under, and the limits it must keep."""
+    return field(default=default, metadata={"help": help, "group": group, **limits})
+
+
+@dataclass(init=False, eq=True)
+class TrainingConfig:
+    """Everything that decides what a training run does.
+
+    Values are checked when the object is built: every problem (unknown key, wrong type, value out of range)
+    is collected and raised in one ``ValueError``. The same checks serve Python, YAML files and the command line.
+    """
+
+    # model
+    model_name: str = _knob("intfloat/multilingual-e5-small", "base embedder: hub name, local path, or 'offline'", "model")
+    max_seq_length: int = _knob(256, "tokens a text is cut to", "model", least=8, most=8192)
+    query_prefix: str = _knob("query: ", "put before every question", "model")
+    passage_prefix: str = _knob("passage: ", "put before every passage and answer", "model")
+    # data
+    dataset_root: str = _knob("sample", "file, folder or zip to train on, or 'sample' for the embedded set", "data")
+    train_split: float = _knob(0.9, "share of the articles used for training, the rest is held out", "data", above=0.0, below=1.0)
+    max_samples: int | None = _knob(None, "use at most this many training questions", "data", least=2)
+    eval_samples: int | None = _knob(None, "score at most this many held-out questions", "data", least=1)
+    eval_corpus_size: int = _knob(
+        20000, "passages searched in evaluation: all held-out ones, filled up with training passages", "data", least=1
+    )
+    passage_tokens: int | None = _knob(
+        None, "passage budget in tokens; none: pages are cut at max_seq_length, ready-made paragraphs stay whole", "data", least=16
+    )
+    positives: Literal["passage", "answer", "both"] = _knob(
+        "passage", "what a question is pulled towards: the passage holding its answer, the answer text, or both", "data"
+    )
+    num_workers: int = _knob(4, "processes that read and clean data; the result does not depend on it", "data", least=0, most=256)
+    cache_dir: str | None = _knob(None, "where prepared data is kept; none: $KORET_CACHE or ~/.cache/koret", "data")
+    # optimisation
+    batch_size: int = _knob(16, "questions per step; each sees the other batch_size - 1 positives as negatives", "training", least=2)
+    num_epochs: int = _knob(3, "passes over the training questions", "training", least=1)
+    max_steps: int | None = _knob(None, "stop after this many optimizer steps, whatever num_epochs says", "training", least=1)
+    learning_rate: float = _knob(2e-5, "peak of the warm-up + linear-decay schedule", "training", above=0.0, most=10.0)
+    warmup_steps: int = _knob(500, "steps of linear warm-up (cut to a tenth of a run shorter than ten times this)", "training", least=0)
+    weight_decay: float = _knob(0.01, "AdamW weight decay", "training", least=0.0)
+    max_grad_norm: float = _knob(1.0, "gradient norm is clipped to this", "training", above=0.0)
+    gradient_accumulation_steps: int = _knob(
+        1, "batches summed per optimizer step; adds no negatives (raise batch_size for those)", "training", least=1
+    )
+    scale: float = _knob(20.0, "cosine similarities are multiplied by this: 1 / temperature", "training", above=0.0)
+    mask_false_negatives: bool = _knob(True, "leave known positives out of the in-batch negatives", "training")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _knob(
+        "auto", "arithmetic of the frozen base; adapters and loss stay float32", "training"
+    )
+    gradient_checkpointing: bool = _knob(False, "recompute layers in the backward pass: less memory, more time", "training")
+    micro_batch_tokens: int | None = _knob(
+        None, "tokens encoded at a time (GradCache): any batch_size in this much memory; none: chosen for the device",
+        "training", least=64,
+    )
+    seed: int = _knob(42, "fixes split, order, adapters and dropout", "training", least=0, most=2**31 - 1)
+    # adapters
+    use_lora: bool = _knob(True, "train low-rank adapters; false trains every weight", "lora")
+    lora_r: int = _knob(8, "rank of the adapters", "lora", least=1)
+    lora_alpha: float = _knob(16, "adapter output is scaled by lora_alpha / lora_r", "lora", above=0.0)
+    lora_dropout: float = _knob(0.1, "dropout on the adapters' input", "lora", least=0.0, below=1.0)
+    lora_target_modules: tuple[str, ...] = _knob(
+        ("query", "key", "value"), "linear layers that get an adapter, by the end of their name", "lora"
+    )
+    # watching and saving
+    log_dir: str = _knob("./logs/tensorboard", "runs are created in here", "logging")
+    log_every_n_steps: int = _knob(10, "steps between two records of loss, rate and speed", "logging", least=1)
+    log_gradients: bool = _knob(True, "record gradient norms per module", "logging")
+    log_gradient_histograms: bool = _knob(False, "also record gradient histograms", "logging")
+    save_steps: int = _knob(1000, "steps between two evaluations and checkpoints", "logging", least=1)
+    save_total_limit: int = _knob(2, "checkpoints kept (the best model is kept besides)", "logging", least=1)
+    patience: int | None = _knob(None, "stop after this many evaluations without a better score", "logging", least=1)
+
+    def __init__(self, **values: Any) -> None:
+        problems = []
+        names = {f.name for f in dataclasses.fields(self)}
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                problems.append(f"unknown setting '{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        types_of = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = values.get(f.name, f.default)
+            if f.name in values:
+                try:
+                    value = _coerce(value, types_of[f.name])
+                    _check_limits(value, f.metadata)
+                except ValueError as error:
+                    problems.append(f"{f.name}: {error}")
+            setattr(self, f.name, value)
+        if not problems:
+            problems += self._find_conflicts()
+        if problems:
+            raise ValueError(_format_problems(problems))
+
+    def _find_conflicts(self) -> list[str]:
+        problems = []
+        for name in ("model_name", "dataset_root", "log_dir"):
+            if not getattr(self, name).strip():
+                problems.append(f"{name}: must not be empty")
+        if self.use_lora and not self.lora_target_modules:
+            problems.append("lora_target_modules: name at least one layer, or set use_lora to false")
+        return problems
+
+    @classmethod
+    def from_file(cls, path: str | Path, **overrides: Any) -> TrainingConfig:
+        """Read a YAML (or JSON) file of settings; ``overrides`` win over the file.
+
+        Raises ValueError naming the file: unreadable, not a mapping, or any problem of its values.
+        """
+        return cls(**{**read_settings(path), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def print_summary(self) -> None:
+        """Print every setting by group; values that differ from the default are marked with ``*``."""
+        print(self.format_summary())
+
+    def format_summary(self) -> str:
+        """The text of ``print_summary``."""
+        lines, group = [], None
+        for f in dataclasses.fields(self):
+            if f.metadata["group"] != group:
+                group = f.metadata["group"]
+                lines.append(f"[{group}]")
+            value = getattr(self, f.name)
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            lines.append(f" {'*' if value != f.default else ' '} {f.name:<28} {shown}")
+        return "\n".join(lines)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON settings file. Raises ValueError naming the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read config file {path}: {error}") from error
+    try:
+        values = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {path} must be a mapping of settings, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def _coerce(value: Any, wanted: Any) -> Any:
+    """``value`` as the field's type; text from a command line or YAML is converted. Raises ValueError."""
+    origin, options = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
+            return None
+        return _coerce(value, next(o for o in options if o is not type(None)))
+    if origin is Literal:
+        if value in options:
+            return value
+        raise ValueError(f"must be one of {', '.join(options)}, not {value!r}")
+    if origin is tuple:
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) and i for i in items):
+            raise ValueError(f"must be a list of names, not {value!r}")
+        return tuple(items)
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return value.lower() in ("true", "yes", "on", "1")
+        raise ValueError(f"must be true or false, not {value!r}")
+    if wanted in (int, float):
+        return _coerce_number(value, wanted)
+    if wanted is str:
+        if isinstance(value, (str, Path)):
+            return str(value)
+        raise ValueError(f"must be text, not {value!r}")
+    raise TypeError(f"TrainingConfig has a field of unsupported type {wanted}")
+
+
+def _coerce_number(value: Any, wanted: type) -> Any:
+    noun = "a whole number" if wanted is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"must be {noun}, not {value!r}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"must be {noun}, not {value!r}") from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"must be finite, not {value!r}")
+    if wanted is int:
+        if number != int(number):
+            raise ValueError(f"must be {noun}, not {value!r}")
+        return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
+    return number
+
+
+def _check_limits(value: Any, limits: Any) -> None:
+    if value is None:
+        return
+    for key, holds, words in (
+        ("least", lambda v, b: v >= b, "at least"),
+        ("most", lambda v, b: v <= b, "at most"),
+        ("above", lambda v, b: v > b, "greater than"),
+        ("below", lambda v, b: v < b, "less than"),
+    ):
+        if key in limits and not holds(value, limits[key]):
+            raise ValueError(f"must be {words} {limits[key]}, not {value}")
+
+
+def _format_problems(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"configuration problem: {problems[0]}"
+    return f"{len(problems)} configuration problems:\n" + "\n".join(f"  - {p}" for p in problems)

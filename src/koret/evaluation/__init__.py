@@ -1,0 +1,1 @@
+"""Rank, score, compare, report."""

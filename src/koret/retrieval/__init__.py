@@ -1,0 +1,1 @@
+"""Texts to vectors, vectors to answers: encoding, lexical and dense search."""

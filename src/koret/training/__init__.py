@@ -1,0 +1,1 @@
+"""Contrastive fine-tuning: batches, loss, adapters, the loop and its checkpoints."""
