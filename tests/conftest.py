@@ -1,0 +1,30 @@
+"""Shared fixtures: where real data lies (when it does), and one thread for everybody."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real KorQuAD data beside the project; tests that use it skip where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real data is not on this machine")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data goes to a folder of this test run, never to the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["KORET_CACHE"] = str(folder)
+    return folder
