@@ -1,0 +1,68 @@
+"""Big batches in small memory: the whole batch's gradients from chunks, calling the same loss.
+
+Gao et al. 2021 (GradCache, arXiv:2101.06983): embed every chunk without a graph; take the loss of all embeddings
+and its gradient with respect to them; embed every chunk again with a graph and push that gradient through. Memory
+is one chunk's activations instead of the batch's, for one more forward pass. Both passes draw the same dropout
+masks, because each chunk starts from the random state it had the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+Embed = Callable[[list[np.ndarray]], torch.Tensor]  # N token lists -> (N, D), with a graph when gradients are enabled
+
+
+def embed_and_backward(
+    embed: Embed,
+    texts: Sequence[np.ndarray],
+    chunks: Sequence[np.ndarray],
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Embed ``texts``, take the loss of their embeddings and add its gradients to the parameters.
+
+    Args:
+        embed: maps token lists to embeddings, in the given order.
+        texts: N token lists.
+        chunks: positions in ``texts``, each exactly once. One chunk means one ordinary backward pass.
+        loss_of: (N, D) embeddings in the order of ``texts`` -> the scalar to differentiate.
+
+    Returns:
+        The loss, detached.
+    """
+    order = torch.from_numpy(np.argsort(np.concatenate(chunks)))  # where each text's embedding stands
+    if len(chunks) == 1:
+        embeddings = embed([texts[i] for i in chunks[0]])
+        loss = loss_of(embeddings[order.to(embeddings.device)])
+        loss.backward()
+        return loss.detach()
+
+    states, parts = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(_random_state())
+            parts.append(embed([texts[i] for i in chunk]))
+    embeddings = torch.cat(parts).requires_grad_()
+    loss = loss_of(embeddings[order.to(embeddings.device)])
+    loss.backward()
+
+    after = _random_state()
+    wanted = embeddings.grad.split([len(chunk) for chunk in chunks])
+    for chunk, state, gradient in zip(chunks, states, wanted, strict=True):
+        _set_random_state(state)
+        embed([texts[i] for i in chunk]).backward(gradient)
+    _set_random_state(after)
+    return loss.detach()
+
+
+def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
