@@ -1,0 +1,105 @@
+"""Exact nearest neighbours in bounded memory, the same whatever the chunk size.
+
+Letters: Q queries, N corpus rows, D dimensions, K results.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_PAIRS_AT_ONCE = 1 << 15
+
+
+def find_top_k(
+    queries: np.ndarray, corpus: np.ndarray, k: int, chunk: int = 16384, query_chunk: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """The K corpus rows with the largest dot product for each query: rows (Q, K) int64 and scores (Q, K) float32.
+
+    K is min(k, N). Order is (score descending, row ascending). ``corpus`` may be memory-mapped; at most ``chunk`` of
+    its rows are looked at together, so memory is about ``query_chunk * chunk * 16`` bytes beside the result.
+
+    A float32 matrix product gives last bits that depend on the shape of the block a row happens to sit in, which
+    would let the chunk size decide ties. So it only picks candidates, with a margin above its error bound; what is
+    ranked is each candidate's own float64 dot product.
+
+    Raises ValueError for shapes that do not fit, an empty corpus, k below 1, or a vector that is not finite
+    (naming its row).
+    """
+    queries, corpus = np.asanyarray(queries), np.asanyarray(corpus)
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
+        raise ValueError(f"query vectors {queries.shape} and corpus vectors {corpus.shape} do not fit together")
+    if not len(corpus):
+        raise ValueError("the corpus is empty: there is nothing to search")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    _require_finite(queries, 0, "query")
+    k = min(k, len(corpus))
+    heaps = [_Best(queries[i : i + query_chunk], k) for i in range(0, len(queries), query_chunk)]
+    for start in range(0, len(corpus), chunk):
+        block = np.ascontiguousarray(corpus[start : start + chunk], np.float32)
+        _require_finite(block, start, "corpus")
+        longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max()))
+        for best in heaps:
+            best.add(block, start, longest)
+    rows = np.concatenate([np.zeros((0, k), np.int64), *(best.rows for best in heaps)])
+    scores = np.concatenate([np.zeros((0, k)), *(best.scores for best in heaps)])
+    return rows, scores.astype(np.float32)
+
+
+class _Best:
+    """The best k rows so far of one block of queries."""
+
+    def __init__(self, queries: np.ndarray, k: int) -> None:
+        self.queries = np.ascontiguousarray(queries, np.float32)
+        self.norms = np.sqrt(np.einsum("qd,qd->q", self.queries, self.queries))
+        self.k = k
+        self.rows = np.full((len(queries), k), -1, np.int64)
+        self.scores = np.full((len(queries), k), -np.inf)
+
+    def add(self, block: np.ndarray, start: int, longest: float) -> None:
+        rough = self.queries @ block.T
+        margin = self.norms * longest * self.queries.shape[1] * np.finfo(np.float32).eps
+        floor = self.scores[:, -1]
+        if np.isneginf(floor).any() and len(block) > self.k:
+            within = np.partition(rough, len(block) - self.k, axis=1)[:, len(block) - self.k]
+            floor = np.maximum(floor, within - margin)
+        query, row = np.nonzero(rough >= (floor - margin)[:, None])
+        if not len(query):
+            return
+        scores = np.empty(len(query))
+        for i in range(0, len(query), _PAIRS_AT_ONCE):
+            piece = slice(i, i + _PAIRS_AT_ONCE)
+            left, right = self.queries[query[piece]].astype(np.float64), block[row[piece]].astype(np.float64)
+            scores[piece] = np.einsum("nd,nd->n", left, right)
+        self._merge(query, row + start, scores)
+
+    def _merge(self, query: np.ndarray, row: np.ndarray, score: np.ndarray) -> None:
+        touched = np.unique(query)
+        query = np.concatenate([query, np.repeat(touched, self.k)])
+        row = np.concatenate([row, self.rows[touched].ravel()])
+        score = np.concatenate([score, self.scores[touched].ravel()])
+        # rows still empty (-1, -inf) sort behind everything; among equals the smaller row comes first
+        order = np.lexsort((row, -score, query))
+        starts = np.searchsorted(query[order], touched)
+        keep = order[starts[:, None] + np.arange(self.k)]
+        self.rows[touched], self.scores[touched] = row[keep], score[keep]
+
+
+def rank_scores(scores: np.ndarray, k: int) -> np.ndarray:
+    """The positions of the k largest of ``scores`` (N,), by (score descending, position ascending)."""
+    k = min(k, len(scores))
+    if k < len(scores):
+        floor = np.partition(scores, len(scores) - k)[len(scores) - k]
+        kept = np.flatnonzero(scores >= floor)
+    else:
+        kept = np.arange(len(scores))
+    return kept[np.argsort(-scores[kept], kind="stable")[:k]]
+
+
+def _require_finite(vectors: np.ndarray, start: int, kind: str) -> None:
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} {kind} vectors hold NaN or infinite values, the first in row "
+            f"{start + int(bad.argmax())}; the encoder produced them, so check its weights and precision"
+        )
