@@ -1,0 +1,305 @@
+"""Texts to unit vectors: one encoder for training, evaluation and search, padding-free where the model allows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from koret.retrieval import offline
+from koret.retrieval.packed import PackedEncoder, explain_unsupported
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Kind = Literal["query", "passage"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+CHARACTERS_PER_TOKEN = 24  # no tokenizer here makes fewer tokens of more characters; longer texts are clipped first
+log = logging.getLogger(__name__)
+
+
+class TextEncoder:
+    """A sentence-transformers model with its prefixes, run padding-free where its architecture allows.
+
+    ``model`` stays an ordinary SentenceTransformer: adapters are attached to it, and it is what gets saved.
+    ``precision`` is what was chosen: 'fp32', 'bf16' or 'fp16'. Vectors are float32 and of unit length.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        name: str,
+        precision: str = "fp32",
+        query_prefix: str = "query: ",
+        passage_prefix: str = "passage: ",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model, self.name, self.precision = model, name, precision
+        self.prefixes = {"query": query_prefix, "passage": passage_prefix}
+        self.gradient_checkpointing = gradient_checkpointing
+        self._packed: tuple[nn.Module, PackedEncoder] | None = None
+        self.slow_path_reason = self._explain_slow_path()
+        if self.slow_path_reason:
+            log.info("%s: padded path (%s)", name, self.slow_path_reason)
+            if gradient_checkpointing:
+                self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The Hugging Face transformer, wrapped by PEFT once adapters are attached."""
+        return self.model[0].model
+
+    @backbone.setter
+    def backbone(self, module: nn.Module) -> None:
+        self.model[0].model = module
+
+    @property
+    def tokenizer(self):
+        return self.model.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dimensions(self) -> int:
+        return int(self.model.get_embedding_dimension())
+
+    @property
+    def max_seq_length(self) -> int:
+        return int(self.model.max_seq_length)
+
+    @property
+    def path(self) -> str:
+        """In words, which forward runs."""
+        return "padding-free" if self.slow_path_reason is None else f"padded ({self.slow_path_reason})"
+
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
+        """Token ids of each text, prefix and special tokens included, cut to max_seq_length: N arrays of int32.
+
+        Texts are clipped before tokenising, so a text of any length costs bounded time and gives the same ids.
+        """
+        clip = self.max_seq_length * CHARACTERS_PER_TOKEN
+        prefixed = [self.prefixes[kind] + text[:clip] for text in texts]
+        if not prefixed:
+            return []
+        rows = self.tokenizer(
+            prefixed, truncation=True, max_length=self.max_seq_length, padding=False, return_attention_mask=False
+        )["input_ids"]
+        return [np.asarray(row, dtype=np.int32) for row in rows]
+
+    def embed(self, ids: Sequence[np.ndarray]) -> Tensor:
+        """Token ids of N texts -> (N, D) unit vectors, float32, in the given order; one forward, autograd if enabled."""
+        if self.slow_path_reason is None:
+            vectors = self._packed_forward().forward(ids)
+        else:
+            vectors = self._forward_padded(ids)
+        return F.normalize(vectors.float(), dim=-1)
+
+    def encode(
+        self, texts: Sequence[str], kind: Kind, *, progress: bool = False, batch_tokens: int | None = None
+    ) -> np.ndarray:
+        """Texts -> (N, D) float32 unit vectors; longest first, in micro-batches of ``batch_tokens`` tokens.
+
+        Raises FloatingPointError naming the first text whose vector is not finite.
+        """
+        ids = self.tokenize(texts, kind)
+        vectors = self.encode_ids(ids, progress=progress, label=f"encoding {len(texts)} {kind} texts", budget=batch_tokens)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if bad.size:
+            raise FloatingPointError(
+                f"the model gives non-finite vectors ({bad.size} of {len(texts)} texts, first: {texts[bad[0]][:80]!r}); "
+                "its weights are damaged or the precision is too low: try --precision fp32"
+            )
+        return vectors
+
+    def encode_ids(
+        self, ids: Sequence[np.ndarray], *, progress: bool = False, label: str = "encoding", budget: int | None = None
+    ) -> np.ndarray:
+        """Token ids of N texts -> (N, D) float32 unit vectors, without gradients and without dropout."""
+        vectors = np.empty((len(ids), self.dimensions), np.float32)
+        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+        batches = cut_by_tokens(order, ids, budget or BATCH_TOKENS.get(self.device.type, 8192))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch in _track(batches, label, progress):
+                    vectors[batch] = self.embed([ids[i] for i in batch]).cpu().numpy()
+        finally:
+            self.model.train(was_training)
+        return vectors
+
+    def save(self, directory: str | Path) -> None:
+        """Write a plain sentence-transformers directory: safetensors, pooling, normalisation, tokenizer, prompts."""
+        self.model.prompts = {
+            "query": self.prefixes["query"],
+            "passage": self.prefixes["passage"],
+            "document": self.prefixes["passage"],
+        }
+        self.model.save(str(directory), safe_serialization=True, create_model_card=False)
+
+    def export_tokenizer(self, directory: str | Path) -> Path:
+        """Write the tokenizer as ``<sha256>.json`` for readers without transformers; returns the file."""
+        text = self._describe_tokenizer()
+        file = Path(directory) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            staged = file.with_suffix(f".{os.getpid()}.tmp")
+            staged.write_text(text, encoding="utf-8")
+            staged.replace(file)
+        return file
+
+    def fingerprint(self) -> str:
+        """sha256 over weights, tokenizer, prefixes and length: equal for encoders that give equal vectors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(self._describe_tokenizer().encode())
+        digest.update(repr((self.prefixes, self.max_seq_length)).encode())
+        return digest.hexdigest()
+
+    def _describe_tokenizer(self) -> str:
+        """The tokenizer as JSON, less the truncation and padding its last caller happened to set."""
+        parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return json.dumps({**parts, "truncation": None, "padding": None}, ensure_ascii=False)
+
+    def _explain_slow_path(self) -> str | None:
+        kinds = [type(module).__name__ for module in self.model]
+        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            return f"modules {', '.join(kinds)}"
+        if self.model[1].pooling_mode not in ("mean", "cls"):
+            return f"pooling {self.model[1].pooling_mode}"
+        return explain_unsupported(self.backbone)
+
+    def _packed_forward(self) -> PackedEncoder:
+        if self._packed is None or self._packed[0] is not self.backbone:
+            forward = PackedEncoder(
+                self.backbone, self.model[1].pooling_mode, DTYPES[self.precision], self.gradient_checkpointing
+            )
+            self._packed = self.backbone, forward
+        return self._packed[1]
+
+    def _forward_padded(self, ids: Sequence[np.ndarray]) -> Tensor:
+        longest = max(len(x) for x in ids)
+        tokens = torch.full((len(ids), longest), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        mask = torch.zeros(len(ids), longest, dtype=torch.long)
+        for row, x in enumerate(ids):
+            tokens[row, : len(x)] = torch.from_numpy(x)
+            mask[row, : len(x)] = 1
+        device = self.device
+        features = {"input_ids": tokens.to(device), "attention_mask": mask.to(device), "modality": "text"}
+        with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return self.model(features)["sentence_embedding"]
+
+
+def load_encoder(
+    name_or_path: str | Path,
+    *,
+    device: str | None = None,
+    precision: str = "fp32",
+    max_seq_length: int | None = None,
+    query_prefix: str | None = None,
+    passage_prefix: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> TextEncoder:
+    """Load a model by hub name, local directory, or 'offline' (retrieval.offline).
+
+    Prefixes not given come from the model's own prompts, else they are "query: " and "passage: ". ``precision``
+    'auto' picks what is faster on the device. Raises ValueError in words where the model cannot be had.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    name = str(name_or_path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = str(offline.find_offline_base()) if name == offline.NAME else name
+    try:
+        model = SentenceTransformer(source, device=device, model_kwargs={"dtype": torch.float32})
+    except Exception as error:  # the libraries raise a dozen kinds for "not there"
+        raise ValueError(_explain_missing_model(name, error)) from error
+    if name == offline.NAME:
+        model[0].processor = offline.make_tokenizer(model.tokenizer)
+    window = getattr(model[0].model.config, "max_position_embeddings", None)
+    if window and model[0].model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        window -= 2
+    if max_seq_length is not None:
+        if window and max_seq_length > window:
+            raise ValueError(f"max_seq_length is {max_seq_length}, but {name} reads at most {window} tokens")
+        model.max_seq_length = max_seq_length
+    elif model.max_seq_length is None or (window and model.max_seq_length > window):
+        model.max_seq_length = window or 512
+    prompts = model.prompts or {}
+    return TextEncoder(
+        model,
+        name=name,
+        precision=choose_precision(device) if precision == "auto" else precision,
+        query_prefix=query_prefix if query_prefix is not None else prompts.get("query") or "query: ",
+        passage_prefix=passage_prefix
+        if passage_prefix is not None
+        else prompts.get("passage") or prompts.get("document") or "passage: ",
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def choose_precision(device: str) -> str:
+    """'bf16' where the device multiplies it in hardware, else 'fp16' on CUDA and, by measurement, 'fp32' or 'bf16' on CPU."""
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.startswith("cpu"):
+        return "bf16" if _time_product(torch.bfloat16) < 0.7 * _time_product(torch.float32) else "fp32"
+    return "fp32"
+
+
+def cut_by_tokens(order: Sequence[int], ids: Sequence[np.ndarray], budget: int) -> list[list[int]]:
+    """Cut ``order`` into runs of at most ``budget`` tokens, padding counted: a run costs its longest times its size."""
+    batches: list[list[int]] = []
+    longest = 0
+    for i in order:
+        longest = max(longest, len(ids[i])) if batches and batches[-1] else len(ids[i])
+        if not batches or longest * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+            longest = len(ids[i])
+        batches[-1].append(i)
+    return batches
+
+
+def _time_product(dtype: torch.dtype) -> float:
+    """Seconds of a matrix product of a layer's shape, the best of five."""
+    a, b = torch.randn(512, 384, dtype=dtype), torch.randn(384, 1536, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _track(batches: list[list[int]], label: str, progress: bool):
+    if not progress or len(batches) < 4:
+        return batches
+    from rich.progress import track
+
+    return track(batches, description=label, transient=True)
+
+
+def _explain_missing_model(name: str, error: Exception) -> str:
+    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).is_dir():
+        return f"{name} is a directory, but no model loads from it: {cause}"
+    return (
+        f"model '{name}' was not found: no such directory here, and the model hub did not provide it ({cause}). "
+        "Ways on: a local model directory (--model-name PATH), or the packaged base (--model-name offline)"
+    )

@@ -1,0 +1,180 @@
+"""The padding-free forward against the Hugging Face forward it replaces: values and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertModel,
+    CamembertConfig,
+    CamembertModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from koret.retrieval import packed
+
+SHAPE = dict(
+    vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    max_position_embeddings=160, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1,
+)  # fmt: skip
+FAMILIES = {
+    "bert": (BertConfig, BertModel),
+    "roberta": (RobertaConfig, RobertaModel),
+    "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel),
+    "camembert": (CamembertConfig, CamembertModel),
+    "electra": (ElectraConfig, ElectraModel),
+}
+ODD_LENGTHS = [1, 2, 3, 5, 7, 31, 33, 47, 48, 49, 49, 63, 64, 65, 127, 128, 129, 151]
+
+
+def build(family: str, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(0)
+    config, model = FAMILIES[family]
+    extra = {"embedding_size": 24} if family == "electra" else {}
+    module = model(config(**SHAPE, **extra)).to(dtype).eval()
+    for parameter in module.parameters():  # zero biases and unit norms would hide a swapped parameter
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return module
+
+
+def draw_ids(lengths, seed=0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 120, n).astype(np.int32) for n in lengths]
+
+
+def pool_padded(module, ids, pooling="mean") -> torch.Tensor:
+    """The reference: the Hugging Face forward on padded input, pooled with its mask."""
+    longest = max(map(len, ids))
+    tokens = torch.ones(len(ids), longest, dtype=torch.long)
+    mask = torch.zeros(len(ids), longest, dtype=torch.long)
+    for row, x in enumerate(ids):
+        tokens[row, : len(x)] = torch.from_numpy(x)
+        mask[row, : len(x)] = 1
+    hidden = module(input_ids=tokens, attention_mask=mask).last_hidden_state
+    if pooling == "cls":
+        return hidden[:, 0]
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_equals_the_padded_forward_at_odd_lengths(family, pooling):
+    module, ids = build(family), draw_ids(ODD_LENGTHS)
+    with torch.no_grad():
+        ours = packed.PackedEncoder(module, pooling, torch.float64).forward(ids)
+        theirs = pool_padded(module, ids, pooling)
+    assert torch.allclose(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_each_length_alone_and_any_order_give_the_same_vectors():
+    module, ids = build("bert"), draw_ids(range(1, 150))
+    forward = packed.PackedEncoder(module, "mean", torch.float64).forward
+    with torch.no_grad():
+        together, backwards = forward(ids), forward(ids[::-1]).flip(0)
+        alone = torch.cat([forward([x]) for x in ids])
+    assert torch.allclose(together, alone, atol=1e-12, rtol=0)
+    assert torch.allclose(together, backwards, atol=1e-12, rtol=0)
+
+
+def test_bf16_stays_close_to_float64():
+    module, ids = build("xlm-roberta"), draw_ids(ODD_LENGTHS)
+    with torch.no_grad():
+        exact = pool_padded(module, ids)
+        half = packed.PackedEncoder(module.float(), "mean", torch.bfloat16).forward(ids)
+    similarity = torch.cosine_similarity(half.double(), exact, dim=1)
+    assert similarity.min() > 0.999
+
+
+@pytest.mark.parametrize("targets", [["query", "key", "value"], ["query", "value"], ["query", "dense"]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapter_gradients_equal_those_of_the_peft_forward(targets, checkpointing):
+    module = get_peft_model(build("bert"), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
+    module.double()
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    ids = draw_ids(ODD_LENGTHS)
+    weights = torch.randn(len(ids), 32, dtype=torch.float64)
+
+    def gradients(vectors):
+        return torch.autograd.grad((vectors * weights).sum(), trained)
+
+    ours = gradients(packed.PackedEncoder(module, "mean", torch.float64, checkpointing).forward(ids))
+    for mine, reference in zip(ours, gradients(pool_padded(module, ids)), strict=True):
+        assert reference.abs().max() > 0
+        assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
+
+
+def test_full_training_gradients_equal_those_of_the_padded_forward():
+    module, ids = build("roberta"), draw_ids([3, 50, 50, 90, 64])
+    weights = torch.randn(len(ids), 32, dtype=torch.float64)
+    trained = [p for n, p in module.named_parameters() if "pooler" not in n]
+    grads = [
+        torch.autograd.grad((vectors * weights).sum(), trained, allow_unused=True)
+        for vectors in (packed.PackedEncoder(module, "mean", torch.float64).forward(ids), pool_padded(module, ids))
+    ]
+    for mine, reference in zip(*grads, strict=True):
+        assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
+
+
+def test_padded_layout_for_accelerators_gives_the_same_vectors(monkeypatch):
+    module, ids = build("bert"), draw_ids(ODD_LENGTHS)
+    forward = packed.PackedEncoder(module, "mean", torch.float64).forward
+    with torch.no_grad():
+        expected = forward(ids)
+        monkeypatch.setattr(packed, "plan_layout", packed.plan_padded_layout)
+        assert torch.allclose(forward(ids), expected, atol=1e-12, rtol=0)
+
+
+def test_weights_changed_in_place_are_seen():
+    module, ids = build("bert"), draw_ids([5, 60])
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    forward = packed.PackedEncoder(module, "mean", torch.float64).forward
+    before = forward(ids)
+    module.encoder.layer[0].attention.self.query.weight.mul_(2)
+    assert not torch.allclose(before, forward(ids))
+    assert torch.allclose(forward(ids), pool_padded(module, ids), atol=1e-12, rtol=0)
+
+
+def test_fast_dropout_keeps_its_rate_and_repeats_with_the_generator():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = packed.drop_fast(torch.ones(400_000), 0.1)
+    torch.set_rng_state(state)
+    assert torch.equal(first, packed.drop_fast(torch.ones(400_000), 0.1))
+    kept = (first > 0).double().mean().item()
+    assert abs(kept - 0.9) < 0.003  # five standard deviations are 0.0024
+    assert torch.allclose(first[first > 0], torch.tensor(1 / 0.9))
+
+
+def test_layout_covers_every_token_once():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        lengths = rng.integers(1, 120, rng.integers(1, 40)).tolist()
+        layout = packed.plan_layout(lengths)
+        spans = [position for s, n in zip(layout.starts, lengths, strict=True) for position in range(s, s + n)]
+        assert len(set(spans)) == len(spans) == sum(lengths)
+        assert max(spans) < layout.tokens == sum(n * length for _, n, length, _ in layout.groups)
+
+
+def test_unsupported_architectures_are_named():
+    class Config:
+        model_type = "deberta-v2"
+
+    class Module(torch.nn.Module):
+        config = Config()
+
+    assert "deberta-v2" in packed.explain_unsupported(Module())
+    with pytest.raises(ValueError, match="deberta-v2"):
+        packed.PackedEncoder(Module())
