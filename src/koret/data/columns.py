@@ -1,0 +1,61 @@
+"""Columns of the prepared tables as NumPy arrays; lists of different lengths as offsets and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+@dataclass(frozen=True)
+class Csr:
+    """Lists of int64 of different lengths: list ``i`` is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Iterable[int]]) -> Csr:
+        rows = [np.fromiter(items, dtype=np.int64) for items in lists]
+        offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+        return cls(offsets, np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
+
+    @classmethod
+    def from_groups(cls, groups: np.ndarray, values: np.ndarray) -> Csr:
+        """The different values of every group, ascending. Groups are numbered 0 .. max without gaps."""
+        order = np.lexsort((values, groups))
+        groups, values = groups[order], values[order]
+        first = np.ones(len(groups), dtype=bool)
+        first[1:] = (groups[1:] != groups[:-1]) | (values[1:] != values[:-1])
+        counts = np.bincount(groups[first])
+        return cls(np.cumsum(np.concatenate([[0], counts]), dtype=np.int64), values[first].astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def take(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(position in ``lists``, value) of every value of the given lists."""
+        starts = self.offsets[lists]
+        lengths = self.offsets[np.asarray(lists) + 1] - starts
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        inside = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return owner, self.values[np.repeat(starts, lengths) + inside]
+
+
+def read_column(table: pa.Table, name: str) -> np.ndarray:
+    """An integer column as (N,) int64."""
+    return table.column(name).to_numpy().astype(np.int64, copy=False)
+
+
+def read_lists(table: pa.Table, name: str) -> Csr:
+    """A column of integer lists; a null is an empty list."""
+    column = table.column(name)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    values = pc.list_flatten(column).to_numpy().astype(np.int64, copy=False)
+    return Csr(np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64), values)
