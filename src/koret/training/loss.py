@@ -15,7 +15,7 @@ import torch
 
 
 class Loss(NamedTuple):
-    """A loss and what went into it; the counts are zero-dimensional tensors, so reading none costs no synchronisation."""
+    """A loss and what went into it, as zero-dimensional tensors: nothing waits for the device until one is read."""
 
     value: torch.Tensor  # () mean over the questions that have a negative; 0 with zero gradient where none has
     masked: torch.Tensor  # () how many (question, target) pairs were left out as known positives

@@ -1,0 +1,208 @@
+"""Pairs to batches: tokens made once, a deterministic order, every distinct text encoded once.
+
+Letters: B pairs of a batch, M distinct targets in it (their positives and curated negatives), U distinct texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as dump_arrays
+
+from koret.data.pairs import PairTable, known_mask
+from koret.files import DiskFull, write_file
+from koret.retrieval.encoder import Kind, TextEncoder
+
+TOKENIZE_AT_ONCE = 4096  # texts
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Token ids of N texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``."""
+
+    ids: np.ndarray  # (sum of lengths,) int32
+    offsets: np.ndarray  # (N + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def tokenize_texts(encoder: TextEncoder, texts: Sequence[str], kind: Kind, cache: Path | None = None) -> TokenTable:
+    """Tokenise every text once; in the folder ``cache`` the result is kept for the next run.
+
+    A cached table is found by a hash of the texts, the tokenizer, the prefix and the length limit, so it is never stale.
+    """
+    path = cache / f"tokens-{_hash_inputs(encoder, texts, kind)}.safetensors" if cache else None
+    if path is not None and (table := _read_table(path, len(texts))) is not None:
+        return table
+    pieces = []
+    for start in range(0, len(texts), TOKENIZE_AT_ONCE):
+        pieces += encoder.tokenize(texts[start : start + TOKENIZE_AT_ONCE], kind)
+    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    table = TokenTable(np.concatenate(pieces) if pieces else np.zeros(0, np.int32), offsets)
+    if path is not None:
+        try:
+            write_file(path, dump_arrays({"ids": table.ids, "offsets": table.offsets}))
+        except (OSError, DiskFull):
+            pass  # the cache only saves time: the run goes on without it
+    return table
+
+
+def _hash_inputs(encoder: TextEncoder, texts: Sequence[str], kind: Kind) -> str:
+    digest = hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr((encoder.prefixes[kind], encoder.max_seq_length)).encode())
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:32]
+
+
+def _read_table(path: Path, count: int) -> TokenTable | None:
+    try:
+        table = TokenTable(**load_file(path))
+    except (OSError, SafetensorError, TypeError):
+        return None
+    fits = len(table) == count and table.offsets[0] == 0 and table.offsets[-1] == len(table.ids)
+    return table if fits and (table.lengths >= 0).all() else None
+
+
+# ---------------------------------------------------------------- order
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step trains on."""
+
+    number: int  # from 1
+    epoch: int  # from 0
+    batches: list[np.ndarray]  # rows of the pair table, one array a batch
+    ends_epoch: bool
+
+
+class Schedule:
+    """The order of training: a shuffle per epoch that depends on seed and epoch alone.
+
+    Every pair is used once an epoch. A batch in which all pairs share one target has no negatives: it is left out
+    and its pairs are counted in ``dropped``; usually that is a last batch of one.
+    """
+
+    def __init__(
+        self, table: PairTable, batch_size: int, epochs: int, seed: int, accumulate: int = 1, max_steps: int | None = None
+    ) -> None:
+        self.table, self.batch_size, self.seed, self.accumulate = table, batch_size, seed, accumulate
+        self.dropped = 0  # pairs, over all epochs
+        self.steps_of_epoch: list[int] = []
+        for epoch in range(epochs):
+            batches, dropped = self._cut_epoch(epoch)
+            self.steps_of_epoch.append(-(-len(batches) // accumulate))
+            self.dropped += dropped
+            if max_steps is not None and sum(self.steps_of_epoch) >= max_steps:
+                break
+        self.total = min(sum(self.steps_of_epoch), max_steps or sum(self.steps_of_epoch))
+
+    def steps_after(self, done: int) -> Iterator[Step]:
+        """Steps ``done + 1`` to ``total``."""
+        number = 0
+        for epoch, count in enumerate(self.steps_of_epoch):
+            if number + count <= done:
+                number += count
+                continue
+            batches, _ = self._cut_epoch(epoch)
+            for first in range(0, len(batches), self.accumulate):
+                number += 1
+                if number > self.total:
+                    return
+                if number > done:
+                    chosen = batches[first : first + self.accumulate]
+                    yield Step(number, epoch, chosen, ends_epoch=first + self.accumulate >= len(batches))
+
+    def _cut_epoch(self, epoch: int) -> tuple[list[np.ndarray], int]:
+        """The usable batches of an epoch, and how many pairs are in none."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.table))
+        cuts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = [rows for rows in cuts if self._has_negatives(rows)]
+        return batches, len(order) - sum(map(len, batches))
+
+    def _has_negatives(self, rows: np.ndarray) -> bool:
+        targets = self.table.targets[rows]
+        return bool((targets != targets[0]).any()) or bool(self.table.negatives.take(rows)[1].size)
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs as distinct texts and who is what to whom."""
+
+    rows: np.ndarray  # (B,) pairs
+    texts: list[np.ndarray]  # U token lists, each distinct text once: questions first, then targets
+    queries: np.ndarray  # (B,) each pair's question among the texts
+    targets: np.ndarray  # (M,) the targets among the texts
+    positives: np.ndarray  # (B,) column of each pair's positive among the targets
+    known: np.ndarray | None  # (B, M) bool, never negatives; none: only the own positive is spared
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether any pair has a target that may serve as a negative."""
+        own = np.zeros((len(self.rows), len(self.targets)), dtype=bool)
+        own[np.arange(len(self.rows)), self.positives] = True
+        return bool((~own if self.known is None else ~(own | self.known)).any())
+
+
+class BatchMaker:
+    """Turns rows of the pair table into batches of token lists."""
+
+    def __init__(self, table: PairTable, queries: TokenTable, targets: TokenTable, mask: bool) -> None:
+        """``queries`` holds the tokens of ``table.queries``, ``targets`` of ``table.texts``; ``mask`` known positives."""
+        self.table, self.queries, self.targets, self.mask = table, queries, targets, mask
+        self.query_id = np.unique(np.array(table.queries, dtype=object), return_inverse=True)[1]  # equal for equal texts
+
+    def make(self, rows: np.ndarray) -> Batch:
+        _, first, question = np.unique(self.query_id[rows], return_index=True, return_inverse=True)
+        own = self.table.targets[rows]
+        ids = np.unique(np.concatenate([own, self.table.negatives.take(rows)[1]]))
+        texts = [self.queries[int(row)] for row in rows[first]] + [self.targets[int(i)] for i in ids]
+        return Batch(
+            rows=rows,
+            texts=texts,
+            queries=question.reshape(-1),
+            targets=len(first) + np.arange(len(ids)),
+            positives=np.searchsorted(ids, own),
+            known=known_mask(self.table, rows, ids) if self.mask else None,
+        )
+
+
+def cut_micro_batches(texts: Sequence[np.ndarray], budget: int | None) -> list[np.ndarray]:
+    """Positions of ``texts`` from longest to shortest, cut so that no piece holds more than ``budget`` tokens.
+
+    A text longer than the budget stands alone. Without a budget there is one piece.
+    """
+    lengths = np.array([len(text) for text in texts])
+    order = np.argsort(-lengths, kind="stable")
+    if budget is None:
+        return [order]
+    pieces, start, held = [], 0, 0
+    for at, length in enumerate(lengths[order].tolist()):
+        if held and held + length > budget:
+            pieces.append(order[start:at])
+            start, held = at, 0
+        held += length
+    return [*pieces, order[start:]]
