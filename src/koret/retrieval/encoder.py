@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from koret import runs
 from koret.retrieval import offline
 from koret.retrieval.packed import PackedEncoder, explain_unsupported
 
@@ -216,7 +219,7 @@ def load_encoder(
     passage_prefix: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> TextEncoder:
-    """Load a model by hub name, local directory, or 'offline' (retrieval.offline).
+    """Load a model by run (directory, name or 'latest'), local directory, hub name, or 'offline' (retrieval.offline).
 
     Prefixes not given come from the model's own prompts, else they are "query: " and "passage: ". ``precision``
     'auto' picks what is faster on the device. Raises ValueError in words where the model cannot be had.
@@ -225,9 +228,14 @@ def load_encoder(
 
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = str(offline.find_offline_base()) if name == offline.NAME else name
+    source = _find_source(name)
     try:
-        model = SentenceTransformer(source, device=device, model_kwargs={"dtype": torch.float32})
+        model = SentenceTransformer(
+            source,
+            device=device,
+            model_kwargs={"dtype": torch.float32},
+            local_files_only=not Path(source).is_dir() and not _reaches_hub(),
+        )
     except Exception as error:  # the libraries raise a dozen kinds for "not there"
         raise ValueError(_explain_missing_model(name, error)) from error
     if name == offline.NAME:
@@ -252,6 +260,33 @@ def load_encoder(
         else prompts.get("passage") or prompts.get("document") or "passage: ",
         gradient_checkpointing=gradient_checkpointing,
     )
+
+
+def _find_source(name: str) -> str:
+    """A directory for what is on this machine, else the name itself, for the hub."""
+    if name == offline.NAME:
+        return str(offline.find_offline_base())
+    try:
+        return str(runs.resolve_model(name))
+    except FileNotFoundError:
+        if name == "latest" or runs.is_run(Path(name)):
+            raise
+        return name
+
+
+def _reaches_hub(timeout: float = 5.0) -> bool:
+    """Whether the model hub answers at all; without this, its client retries for a minute before it says no."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def choose_precision(device: str) -> str:
