@@ -1,0 +1,335 @@
+"""Wikipedia HTML -> readable text, with exact offsets back into the HTML.
+
+Cleaning is two C-speed splits and a dictionary look-up each, so it is linear in the input whatever the input is:
+
+1. The string is split at tags and entities. An inline tag becomes nothing (``동해시</a>장`` stays one word), a
+   structural tag becomes a control character that says what it separates, an entity is decoded, once.
+2. That is split at runs of separators (control characters, white space, invisible characters) and every run becomes
+   the strongest separator in it: heading, list item, table row, paragraph, cell, line break, space.
+
+Both splits keep the lengths of what went in and what came out, which is the map from HTML to text.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from unicodedata import is_normalized, normalize
+
+from koret.data.regions import Region, find_body, find_regions
+
+Span = tuple[int, int]
+
+# What a structural tag leaves behind until separators are merged. The input's own control characters go first.
+PARAGRAPH, LINE, ITEM, ITEM_END, ROW, CELL, CELL_END, TABLE, TABLE_END = "\x01\x02\x03\x04\x05\x06\x07\x08\x0e"
+SLASH, INNER_CELL, HEADING_END = "\x0f\x10\x11"  # a break inside a cell; a cell of a table inside a cell
+HEADINGS = "\x12\x13\x14\x15\x16\x17"  # h1 .. h6
+MARKERS = PARAGRAPH + LINE + ITEM + ITEM_END + ROW + CELL + CELL_END + TABLE + TABLE_END
+MARKERS += SLASH + INNER_CELL + HEADING_END + HEADINGS
+CONTROLS = "".join(map(chr, range(32))).translate({ord(c): None for c in "\t\n\x0b\x0c\r"}) + "\x7f"
+
+INVISIBLE = "\u200b\u200e\u200f\u2060\u00ad\ufeff"  # joiners (U+200C, U+200D) carry meaning and stay
+SPACES = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+_BLOCKS = """address article aside blockquote body caption center details dir div dl fieldset figcaption figure footer
+form head header hr html legend main menu nav noscript ol option p pre section select summary title ul video audio"""
+_TAG_MARKS = {name: (PARAGRAPH, PARAGRAPH) for name in _BLOCKS.split()}
+_TAG_MARKS |= {f"h{level}": (mark, HEADING_END) for level, mark in enumerate(HEADINGS, 1)}
+_TAG_MARKS |= {
+    "table": (TABLE, TABLE_END),
+    "tr": (ROW, CELL_END),
+    "td": (CELL, CELL_END),
+    "th": (CELL, CELL_END),
+    "li": (ITEM, ITEM_END),
+    "dt": (LINE, ""),
+    "dd": (LINE, ""),
+    "br": (LINE, LINE),
+    "rt": ("(", ")"),  # a ruby reading without its own brackets
+}
+
+_EDIT_LINK = (
+    r"span[^<>]*><span[^<>]*>\[</span>(?:<a[^<>]*>[^<>]{1,20}</a>(?:<span[^<>]*>[^<>]{1,9}</span>)?){1,2}"
+    r"<span[^<>]*>\]</span></span>"
+)
+_REFERENCE = (
+    r"sup[^<>]*>(?:(?:<[a-z][^<>]*>){0,3}(?:\[|&#91;)(?:</span>)?(?:<[abi][^<>]*>){0,2}[^<>\[\]]{1,30}"
+    r"(?:</[abi]>){0,2}(?:<span[^<>]*>)?(?:\]|&#93;)(?:</[a-z]{1,5}>){0,3}\s?){1,6}</sup>"
+)
+_BACKLINK = r"span[^<>]*><a[^<>]*>↑</a></span>\s?"
+_RUBY_BRACKET = r"/rp>\s?<rt[^<>]*>|/rt>\s?<rp[^<>]*>"
+_ENTITY = r"&(?:#[0-9]{1,20}(?![0-9]);?|#[xX][0-9a-fA-F]{1,16}(?![0-9a-fA-F]);?|[a-zA-Z][a-zA-Z0-9]{1,31};?)"
+# Every alternative ends at the next angle bracket or at a fixed bound: no input makes this quadratic.
+_TOKENS = re.compile(rf"(<(?:{_EDIT_LINK}|{_BACKLINK}|{_REFERENCE}|{_RUBY_BRACKET}|[a-zA-Z/!?][^<>]*>)|{_ENTITY})")
+_TAG_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
+_RUN = re.escape(SPACES + INVISIBLE + MARKERS)
+_SEPARATORS = re.compile(f"([{_RUN}](?:[{_RUN}]+|(?<! )))")  # a lone space stays where it is
+_CELL_STATE = re.compile(f"([{ROW + CELL + CELL_END + TABLE + TABLE_END}])")
+_HEADING = re.compile(f"[{HEADINGS}][^{HEADINGS + HEADING_END}]*{HEADING_END}")
+_HEADING_MARK = re.compile(f"[{HEADINGS}]")
+
+_NO_CONTROLS = str.maketrans(CONTROLS, " " * len(CONTROLS))
+_BREAKS = LINE + PARAGRAPH + ITEM + HEADINGS + TABLE + ROW
+_IN_CELL = str.maketrans(_BREAKS + CELL, SLASH * len(_BREAKS) + INNER_CELL)
+_IN_HEADING = str.maketrans(_BREAKS + CELL, " " * (len(_BREAKS) + 1))
+_MEMO_LIMIT, _MEMO_LENGTH = 20_000, 80
+
+
+class _TagMarks(dict):
+    """Tag or entity -> what replaces it, computed once for each distinct short one."""
+
+    def __missing__(self, token: str) -> str:
+        mark = _decode(token) if token[0] == "&" else _mark_tag(token)
+        if len(token) <= _MEMO_LENGTH and len(self) < _MEMO_LIMIT:
+            self[token] = mark
+        return mark
+
+
+def _decode(entity: str) -> str:
+    return html.unescape(entity).translate(_NO_CONTROLS)
+
+
+def _mark_tag(token: str) -> str:
+    name = _TAG_NAME.match(token)
+    if not name or "<" in token[1:]:  # comment-like, or an edit link, reference mark or ruby bracket: several tags
+        return ""
+    opening, closing = _TAG_MARKS.get(name[2].lower(), ("", ""))
+    return closing if name[1] else opening
+
+
+class _Joins(dict):
+    """Run of separators -> the one separator it becomes."""
+
+    def __missing__(self, run: str) -> str:
+        join = _join(run)
+        if len(run) <= _MEMO_LENGTH and len(self) < _MEMO_LIMIT:
+            self[run] = join
+        return join
+
+
+def _join(run: str) -> str:
+    opened = _lead(run)
+    if opened:
+        return ("\n\n" if opened[0] == "#" else "\n") + opened
+    if ROW in run:
+        empty = run.count(CELL, run.rindex(ROW)) - 1  # cells without text before the first one with
+        return ("\n\n" if _has_any(run, PARAGRAPH + TABLE + TABLE_END) else "\n") + "| " * empty
+    if _has_any(run, PARAGRAPH + TABLE + TABLE_END + HEADINGS + HEADING_END):
+        return "\n\n"
+    if CELL in run:
+        return " |" * run.count(CELL) + " "
+    if SLASH in run:
+        return " / "
+    if INNER_CELL in run:
+        return " |" * run.count(INNER_CELL) + " "
+    if _has_any(run, LINE + ITEM + ITEM_END):
+        return "\n"
+    return " " if _has_any(run, SPACES + CELL_END) else ""
+
+
+def _lead(run: str) -> str:
+    """The heading or list mark that a run opens and does not close again: ``'## '``, ``'- '`` or nothing."""
+    heading = _HEADING_MARK.search(run, run.rfind(HEADING_END) + 1)
+    if heading:
+        return "#" * (HEADINGS.index(heading[0]) + 1) + " "
+    return "- " if run.rfind(ITEM) > run.rfind(ITEM_END) else ""
+
+
+def _has_any(run: str, marks: str) -> bool:
+    return not set(marks).isdisjoint(run)
+
+
+_tag_mark = _TagMarks().__getitem__
+_joined = _Joins().__getitem__
+
+
+def clean_html_text(text: str) -> str:
+    """Readable text of any HTML string, whole page or fragment.
+
+    Headings become lines starting with ``#``s, list items ``- `` lines, table rows one line with `` | `` between the
+    cells and `` / `` for a break inside one. Head, scripts, styles, comments, table of contents, navigation boxes,
+    edit links and reference marks are left out; entities are decoded once; the result is NFC. Text that is no markup
+    (``a < b``, ``<3``) stays. Any input takes linear time.
+    """
+    return clean_page(text)[0]
+
+
+def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) -> tuple[str, list[Span]]:
+    """Clean a page and map spans of its HTML to spans of the clean text.
+
+    ``points`` are (start, end) in code points of ``text``; nothing that overlaps one is left out as page furniture.
+    For each, the returned (start, end) is what cleaning that piece by itself gives; ``in_cell`` says that ``text``
+    is a piece from inside a table cell, where a break is `` / ``.
+    """
+    if any(map(text.__contains__, CONTROLS)):
+        text = text.translate(_NO_CONTROLS)
+    text = _hide_quoted_brackets(text)
+    begin, end = find_body(text)
+    for start, stop in points:
+        begin, end = min(begin, max(start, 0)), max(end, min(stop, len(text)))
+    regions = [r for r in find_regions(text, begin, end) if not any(_cuts(r, point) for point in points)]
+
+    parts, lengths = _split_tags(text, begin, end, regions, bool(points))
+    marked = "".join(parts)
+    if in_cell or CELL in marked:
+        marked = _flatten_cells(marked, in_cell)
+    if HEADING_END in marked:
+        marked = _HEADING.sub(lambda m: m[0][0] + m[0][1:].translate(_IN_HEADING), marked)
+    runs = _SEPARATORS.split(marked)
+    pieces = runs[:]
+    pieces[1::2] = map(_joined, runs[1::2])
+    if len(runs) > 1:  # a text does not start or end with a separator
+        if not runs[-1]:
+            pieces[-2] = ""
+        if not runs[0]:
+            pieces[1] = _lead(runs[1]) if len(runs) > 3 or runs[-1] else ""
+    clean = "".join(pieces)
+    first, last = _trim(clean, 0, len(clean), is_item=not runs[0] and len(runs) > 1 and _lead(runs[1]) == "- ")
+    spans = []
+    if points:
+        find = _make_point_map(begin, lengths, parts, runs, pieces)
+        for start, stop in points:
+            mapped_start, is_item = find(start, False)
+            x, y = _trim(clean, mapped_start, find(stop, True)[0], is_item)
+            spans.append((max(x, first) - first, max(min(y, last) - first, max(x, first) - first)))
+    clean = clean[first:last]
+    return (clean, spans) if is_normalized("NFC", clean) else _compose(clean, spans)
+
+
+def _cuts(region: Region, point: Span) -> bool:
+    """Whether leaving the region out would take away part of the point's text (not: something inside it)."""
+    (start, stop), (first, last) = point, region[:2]
+    return first < stop and start < last and not (start <= first and last <= stop)
+
+
+def _split_tags(text: str, begin: int, end: int, regions: list[Region], keep_lengths: bool) -> tuple[list, list]:
+    """Split text[begin:end] into text, mark, text, ... (marks at odd places) and the lengths both had before."""
+    parts, lengths, position = [], [], begin
+    for start, stop, replacement in [*regions, (end, end, None)]:
+        piece = _TOKENS.split(text[position:start])
+        if keep_lengths:
+            lengths += map(len, piece)
+        piece[1::2] = map(_tag_mark, piece[1::2])
+        parts += piece
+        if replacement is not None:
+            parts.append(replacement)
+            lengths.append(stop - start)
+        position = stop
+    return parts, lengths
+
+
+def _flatten_cells(marked: str, in_cell: bool) -> str:
+    """Mark breaks inside table cells (and whole tables inside them) as such; the length stays the same."""
+    pieces = _CELL_STATE.split(marked)
+    outer: list[bool] = []  # for each open table around the current one: was it opened inside a cell?
+    inside, nested = in_cell, False
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            if inside or nested:
+                pieces[i] = piece.translate(_IN_CELL)
+            continue
+        if piece == TABLE:
+            outer.append(nested)
+            pieces[i] = SLASH if inside or nested else TABLE
+            nested, inside = inside or nested, False
+        elif piece == TABLE_END:
+            inside, nested = nested, outer.pop() if outer else False
+            pieces[i] = SLASH if inside or nested else TABLE_END
+        elif piece == CELL_END:
+            inside = False
+        else:
+            inside = piece == CELL
+            if nested:
+                pieces[i] = INNER_CELL if inside else SLASH
+    return "".join(pieces)
+
+
+def _trim(clean: str, start: int, stop: int, is_item: bool) -> Span:
+    """Shrink a span by the spaces at its ends, and by its dash where it is a lone list item."""
+    while start < stop and clean[start] == " ":
+        start += 1
+    while start < stop and clean[stop - 1] == " ":
+        stop -= 1
+    if is_item and clean.find("\n", start, stop) < 0:
+        start += 2
+    return start, max(start, stop)
+
+
+def _make_point_map(begin: int, lengths: list[int], parts: list[str], runs: list[str], pieces: list[str]):
+    """A function from a position in the HTML to one in the clean text, and whether a list item opens there.
+
+    ``lengths`` are those of ``parts`` before tags became marks; ``runs`` and ``pieces`` the same for separators.
+    """
+    html_at = list(accumulate(lengths, initial=begin))
+    mark_at = list(accumulate(map(len, parts), initial=0))
+    run_at = list(accumulate(map(len, runs), initial=0))
+    clean_at = list(accumulate(map(len, pieces), initial=0))
+
+    def find(position: int, is_end: bool) -> tuple[int, bool]:
+        side = bisect_left if is_end else bisect_right
+        i = min(max(side(html_at, position) - 1, 0), len(parts) - 1)
+        if i % 2 == 0:  # in text: the same distance from its start
+            middle = mark_at[i] + min(position - html_at[i], len(parts[i]))
+        else:
+            middle = mark_at[i + is_end]
+        j = min(max(side(run_at, middle) - 1, 0), len(runs) - 1)
+        if j % 2 == 0:
+            return clean_at[j] + min(middle - run_at[j], len(runs[j])), False
+        if is_end:
+            return clean_at[j], False
+        lead = _lead(runs[j][middle - run_at[j] :])
+        if not pieces[j].endswith(lead):
+            return clean_at[j + 1], False
+        return clean_at[j + 1] - len(lead), lead == "- "
+
+    return find
+
+
+def _compose(clean: str, spans: list[Span]) -> tuple[str, list[Span]]:
+    """NFC of the text, and the spans in it: a position becomes the composed length of what stands before it."""
+    composed, position, length = {}, 0, 0
+    for point in sorted({point for span in spans for point in span}):
+        length += len(normalize_nfc(clean[position:point]))
+        composed[point], position = length, point
+    return normalize_nfc(clean), [(composed[start], composed[stop]) for start, stop in spans]
+
+
+# Characters that never compose with what precedes them: a text may be cut before one.
+_SAFE_CUT = re.compile("[\x00-\u02ff\u1100-\u115f\u3000-\u3098\u309b-\u9fff\uac00-\ud7a3]")
+_CHUNK = 128
+
+
+def normalize_nfc(text: str) -> str:
+    """NFC in linear time: ``unicodedata.normalize`` sorts a run of combining marks in quadratic time."""
+    pieces, position = [], 0
+    while position < len(text):
+        safe = _SAFE_CUT.search(text, position + _CHUNK, position + 2 * _CHUNK)
+        stop = safe.start() if safe else position + 2 * _CHUNK
+        pieces.append(normalize("NFC", text[position:stop]))
+        position = stop
+    return "".join(pieces)
+
+
+_QUOTED_BRACKET = re.compile(r"""=[ \t\r\n]?(?:(")[^"<>]*|(')[^'<>]*)[<>]""")
+_LONGEST_VALUE = 10_000
+_NO_BRACKETS = str.maketrans("<>", "  ")
+
+
+def _hide_quoted_brackets(text: str) -> str:
+    """Blank angle brackets inside quoted attribute values (``title="a > b"``), so that tags end where they end."""
+    pieces, done, in_tag = [], 0, False
+    while match := _QUOTED_BRACKET.search(text, done):
+        start = match.start()
+        opened, closed = text.rfind("<", done, start), text.rfind(">", done, start)
+        if opened != closed:
+            in_tag = opened > closed and text[opened + 1 : opened + 2].isalpha()
+        stop = text.find(match[1] or match[2], match.end(), match.end() + _LONGEST_VALUE) if in_tag else -1
+        if stop < 0:
+            stop = match.end() - 1
+            pieces.append(text[done:stop])
+        else:
+            pieces += text[done:start], text[start:stop].translate(_NO_BRACKETS)
+        done = stop
+    return "".join(pieces) + text[done:] if pieces else text
