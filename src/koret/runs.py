@@ -150,6 +150,10 @@ class Run:
         return "killed" if state == "running" and not _is_held(self.path) else state
 
     @property
+    def is_finished(self) -> bool:
+        return self.status.get("state") == "finished"
+
+    @property
     def model(self) -> Path | None:
         """The finished model, or None before there is one."""
         return self.path / "model" if (self.path / "model" / "modules.json").is_file() else None

@@ -6,6 +6,7 @@ Letters: B pairs of a batch, M distinct targets in it (their positives and curat
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class TokenTable:
 def tokenize_texts(encoder: TextEncoder, texts: Sequence[str], kind: Kind, cache: Path | None = None) -> TokenTable:
     """Tokenise every text once; in the folder ``cache`` the result is kept for the next run.
 
-    A cached table is found by a hash of the texts, the tokenizer, the prefix and the length limit, so it is never stale.
+    A cached table is found by a hash of texts, tokenizer, prefix and length limit, so it is never stale.
     """
     path = cache / f"tokens-{_hash_inputs(encoder, texts, kind)}.safetensors" if cache else None
     if path is not None and (table := _read_table(path, len(texts))) is not None:
@@ -65,7 +66,9 @@ def tokenize_texts(encoder: TextEncoder, texts: Sequence[str], kind: Kind, cache
 
 
 def _hash_inputs(encoder: TextEncoder, texts: Sequence[str], kind: Kind) -> str:
-    digest = hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode())
+    # A tokenizer also remembers the truncation and padding of its last call, which do not matter here.
+    tokenizer = {**json.loads(encoder.tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
+    digest = hashlib.sha256(json.dumps(tokenizer).encode())
     digest.update(repr((encoder.prefixes[kind], encoder.max_seq_length)).encode())
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -104,7 +107,14 @@ class Schedule:
     """
 
     def __init__(
-        self, table: PairTable, batch_size: int, epochs: int, seed: int, accumulate: int = 1, max_steps: int | None = None
+        self,
+        table: PairTable,
+        *,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        accumulate: int = 1,
+        max_steps: int | None = None,
     ) -> None:
         self.table, self.batch_size, self.seed, self.accumulate = table, batch_size, seed, accumulate
         self.dropped = 0  # pairs, over all epochs
@@ -132,6 +142,14 @@ class Schedule:
                 if number > done:
                     chosen = batches[first : first + self.accumulate]
                     yield Step(number, epoch, chosen, ends_epoch=first + self.accumulate >= len(batches))
+
+    def epochs_done(self, step: int) -> float:
+        """How many epochs lie behind after ``step`` steps, as a fraction."""
+        for epoch, count in enumerate(self.steps_of_epoch):
+            if step <= count:
+                return epoch + step / count
+            step -= count
+        return float(len(self.steps_of_epoch))
 
     def _cut_epoch(self, epoch: int) -> tuple[list[np.ndarray], int]:
         """The usable batches of an epoch, and how many pairs are in none."""
@@ -171,9 +189,9 @@ class BatchMaker:
     """Turns rows of the pair table into batches of token lists."""
 
     def __init__(self, table: PairTable, queries: TokenTable, targets: TokenTable, mask: bool) -> None:
-        """``queries`` holds the tokens of ``table.queries``, ``targets`` of ``table.texts``; ``mask`` known positives."""
+        """``queries``: tokens of ``table.queries``, ``targets`` of ``table.texts``; ``mask`` spares known positives."""
         self.table, self.queries, self.targets, self.mask = table, queries, targets, mask
-        self.query_id = np.unique(np.array(table.queries, dtype=object), return_inverse=True)[1]  # equal for equal texts
+        self.query_id = np.unique(np.array(table.queries, dtype=object), return_inverse=True)[1]  # one a distinct text
 
     def make(self, rows: np.ndarray) -> Batch:
         _, first, question = np.unique(self.query_id[rows], return_index=True, return_inverse=True)

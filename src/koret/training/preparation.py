@@ -1,0 +1,116 @@
+"""From settings to everything a training needs before its first step: data, split, pairs, tokens, tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from koret.config import TrainingConfig
+from koret.data.loader import Dataset
+from koret.data.pairs import PairTable, assert_no_leak, build_pairs, split_articles
+from koret.evaluation.evaluator import Evaluator
+from koret.evaluation.tasks import build_held_out_tasks
+from koret.privacy import scrub
+from koret.retrieval.encoder import TextEncoder
+from koret.training.batches import BatchMaker, Schedule, tokenize_texts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on and is scored on."""
+
+    dataset: Dataset
+    pairs: PairTable
+    schedule: Schedule
+    maker: BatchMaker
+    evaluators: list[Evaluator]  # the first decides; a second one scores question -> answer
+    report: dict[str, Any]  # data.json
+
+    def question_ids(self, rows: np.ndarray) -> list[str]:
+        """The record ids behind rows of the pair table."""
+        return [self.dataset.questions.column("id")[int(row)].as_py() for row in self.pairs.question[rows]]
+
+
+def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) -> Job:
+    """Split by article, build pairs, tokenise, plan the steps and the evaluation.
+
+    Raises ValueError, before any step, when there is nothing to train on or to score.
+    """
+    train, held_out = split_articles(dataset, config.train_split, config.seed)
+    assert_no_leak(dataset, train, held_out)
+    pairs = build_pairs(dataset, train, config.positives, config.max_samples, config.seed)
+    _require_enough(pairs, config)
+    schedule = Schedule(
+        pairs,
+        batch_size=config.batch_size,
+        epochs=config.num_epochs,
+        seed=config.seed,
+        accumulate=config.gradient_accumulation_steps,
+        max_steps=config.max_steps,
+    )
+    if schedule.total == 0:
+        raise ValueError(
+            "there would be no optimizer step: in every batch all pairs share one target, so there are no negatives; "
+            "give data with more than one passage, or --positives answer"
+        )
+    cache = dataset.directory
+    queries = tokenize_texts(encoder, pairs.queries, "query", cache)
+    targets = tokenize_texts(encoder, pairs.texts, "passage", cache)
+    tasks = build_held_out_tasks(
+        dataset,
+        train,
+        held_out,
+        ("passage",) if config.positives == "passage" else ("passage", "answer"),
+        corpus_size=config.eval_corpus_size,
+        samples=config.eval_samples,
+        seed=config.seed,
+    )
+    limit = encoder.max_seq_length
+    report = {
+        "fingerprint": dataset.fingerprint,
+        "source": config.dataset_root,
+        "training_articles": len(train),
+        "held_out_articles": len(held_out),
+        "passages": dataset.passages.num_rows,
+        "questions": dataset.questions.num_rows,
+        "pairs": len(pairs),
+        "different_targets": len(np.unique(pairs.targets)),
+        "steps": schedule.total,
+        "pairs_dropped_without_negatives": schedule.dropped,
+        "questions_skipped": pairs.skipped,
+        "hard_negatives": int(pairs.negatives.values.size),
+        "hard_negatives_dropped_as_positive": pairs.dropped_negatives,
+        "queries_cut": int((queries.lengths >= limit).sum()),
+        "targets_cut": int((targets.lengths >= limit).sum()),
+        "evaluation": [{**task.describe(), "excluded": len(task.excluded)} for task in tasks],
+        "loading": dataset.report,
+    }
+    maker = BatchMaker(pairs, queries, targets, config.mask_false_negatives)
+    return Job(dataset, pairs, schedule, maker, [Evaluator(task) for task in tasks], scrub(report))
+
+
+def load_data(config: TrainingConfig, encoder: TextEncoder, console: Any) -> Dataset:
+    """The data set the settings name, read and prepared, or taken from the cache."""
+    raise NotImplementedError
+
+
+def _require_enough(pairs: PairTable, config: TrainingConfig) -> None:
+    if len(pairs) < config.batch_size:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in pairs.skipped.items())
+        raise ValueError(
+            f"{len(pairs)} training pairs are fewer than one batch of {config.batch_size}"
+            + (f" (skipped: {skipped})" if skipped else "")
+            + ": give more data, or a smaller --batch-size"
+        )
+    if len(np.unique(pairs.targets)) < 2 and not pairs.negatives.values.size:
+        raise ValueError("every training pair has the same target, so there are no negatives to learn from")
+
+
+def require_source(config: TrainingConfig) -> None:
+    """Raise FileNotFoundError before anything slow happens when the data cannot be there."""
+    root = Path(config.dataset_root).expanduser()
+    if config.dataset_root != "sample" and not root.exists():
+        raise FileNotFoundError(f"dataset_root: there is no file or folder {config.dataset_root}")

@@ -1,0 +1,364 @@
+"""EmbeddingTrainer: the training loop, readable in one sitting."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from koret.config import TrainingConfig
+from koret.data.loader import Dataset
+from koret.evaluation.scores import Scores, Verdict, judge
+from koret.retrieval.encoder import TextEncoder, load_encoder
+from koret.runs import Run, create_run, lock_run, read_run
+from koret.training.batches import Batch, Step, cut_micro_batches
+from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights
+from koret.training.gradcache import embed_and_backward
+from koret.training.gradients import collect_values, group_by_module, measure_norms
+from koret.training.logbook import Terminal
+from koret.training.lora import get_lora_info, merge_lora, setup_lora_model
+from koret.training.loss import info_nce
+from koret.training.measurements import Measurements, NumericFault
+from koret.training.memory import choose_micro_batch_tokens
+from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
+from koret.training.preparation import Job, load_data, prepare_job, require_source
+from koret.training.record import Progress, RunRecord
+from koret.training.resume import read_resumed_config
+from koret.training.signals import Interrupted, StopSignals
+
+
+class EmbeddingTrainer:
+    """Fine-tunes an embedder as a ``TrainingConfig`` says, in a run directory of its own.
+
+    ``train()`` returns the finished run, ``evaluate()`` the metrics of the model as it is. ``dataset`` and ``encoder``
+    may be given ready-made. ``console`` is where a person reads along; without ``progress`` neither a bar nor a line
+    per record is shown.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig | None = None,
+        *,
+        dataset: Dataset | None = None,
+        encoder: TextEncoder | None = None,
+        console: Console | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config = config or TrainingConfig()
+        self.terminal = Terminal(console, progress)
+        self.run_dir: Path | None = None
+        self.job: Job | None = None
+        self._dataset, self._encoder = dataset, encoder
+        self._resumed: dict[str, Any] | None = None  # the environment a resumed run began with
+
+    @classmethod
+    def resume(cls, run: str | Path, *, changes: dict[str, Any] | None = None, **options: Any) -> EmbeddingTrainer:
+        """A trainer that goes on with an interrupted run; ``options`` are the constructor's.
+
+        ``changes`` are settings to change. Raises SettingsChanged when one of them would alter the result, and
+        FileNotFoundError when ``run`` is no run directory.
+        """
+        run_dir = read_run(run).path
+        config, environment, changed = read_resumed_config(run_dir, changes or {})
+        trainer = cls(config, **options)
+        trainer.run_dir, trainer._resumed = run_dir, environment
+        if changed:
+            trainer.terminal.say(f"changed, without effect on the result: {', '.join(changed)}")
+        return trainer
+
+    # ------------------------------------------------------------ the story
+
+    def train(self) -> Run:
+        """Train, keep the best model, score it against its base, save it; returns the run.
+
+        Raises Interrupted after Ctrl-C or SIGTERM (the state is saved), NumericFault on numbers that are not finite,
+        ValueError on settings or data that cannot work, DiskFull, RunBusy.
+        """
+        if self._is_finished():
+            return read_run(self.run_dir)
+        self._prepare()
+        self.run_dir = self.run_dir or create_run(self.config.log_dir)
+        with lock_run(self.run_dir), StopSignals() as stop:
+            if self._is_finished():
+                return read_run(self.run_dir)
+            self.record = RunRecord(self.run_dir, self.config, self.job, self.terminal)
+            if self._resumed is not None:
+                self.record.require_same(self.model_fingerprint)
+            try:
+                self._start()
+                self._fit(stop)
+                self._finish(stop)
+            except BaseException as error:
+                self.record.close_unfinished(error, self.at)
+                raise
+            finally:
+                self.terminal.stop()
+        return read_run(self.run_dir)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on the held-out questions."""
+        self._prepare()
+        return self._score("model")[0].metrics
+
+    def _fit(self, stop: StopSignals) -> None:
+        """Score when it is time, stop when it is time, otherwise take a step."""
+        steps = self.job.schedule.steps_after(self.at.step)
+        try:
+            while True:
+                if self._is_evaluation_due():
+                    self._evaluate(stop)
+                    self._save_checkpoint()
+                if self._is_done():
+                    return
+                stop.check()
+                self._take_step(next(steps))
+        except Interrupted:
+            if self._saved != (self.at.step, self.at.evaluated):
+                self._save_checkpoint()
+            raise
+
+    def _take_step(self, step: Step) -> None:
+        """One optimizer step: batches, embeddings, loss, gradients, update, and now and then a record."""
+        began = time.perf_counter()
+        batches = [batch for batch in map(self.job.maker.make, step.batches) if batch.has_negatives]
+        due = step.number % self.config.log_every_n_steps == 0 or step.number == self.job.schedule.total
+        norms, histograms = None, {}
+        if batches:
+            self.encoder.model.train()
+            values = torch.stack([self._add_gradients(batch, share=1 / len(batches)) for batch in batches]).mean(dim=0)
+            self.optimizer.unscale()
+            if due and self.config.log_gradients:
+                norms = measure_norms(self.modules)
+            if due and self.config.log_gradient_histograms:
+                histograms = collect_values(self.modules)
+            rate = find_learning_rate(step.number, self.job.schedule.total, self.warmup, self.config.learning_rate)
+            norm = self.optimizer.step(rate, finite=torch.isfinite(values).all())
+            self.measurements.add(step.number, batches, torch.cat([values, norm.reshape(1).to(values.dtype)]))
+        self.at.step = step.number
+        if due or step.ends_epoch:
+            found = self.measurements.collect(norms)
+            self.measurements.add_seconds(time.perf_counter() - began)
+            self._report(step, due, found, histograms)
+        else:
+            self.measurements.add_seconds(time.perf_counter() - began)
+        self.terminal.advance(step.number)
+
+    def _add_gradients(self, batch: Batch, share: float) -> torch.Tensor:
+        """Add ``share`` of a batch's gradients; returns (loss, masked pairs, skipped questions) on the device."""
+        device = self.encoder.device
+        queries, targets, positives, known = (
+            None if part is None else torch.from_numpy(part).to(device, non_blocking=True)
+            for part in (batch.queries, batch.targets, batch.positives, batch.known)
+        )
+        losses = []
+
+        def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
+            loss = info_nce(embeddings[queries], embeddings[targets], positives, known, scale=self.config.scale)
+            losses.append(loss)
+            return self.optimizer.scale(loss.value * share)
+
+        embed_and_backward(self._embed, batch.texts, cut_micro_batches(batch.texts, self.budget), loss_of)
+        loss = losses[0]
+        return torch.stack([loss.value.detach(), loss.masked.to(loss.value), loss.skipped.to(loss.value)])
+
+    def _embed(self, texts: list[np.ndarray]) -> torch.Tensor:
+        """(N, D) unit vectors; where the model pads, texts of like length (they come sorted) go together."""
+        if self.encoder.slow_path_reason is None:
+            return self.encoder.embed(texts)
+        pieces = np.array_split(np.arange(len(texts)), min(4, len(texts)))
+        return torch.cat([self.encoder.embed([texts[i] for i in piece]) for piece in pieces])
+
+    # ------------------------------------------------------------ before the first step
+
+    def _prepare(self) -> None:
+        """Data, model, adapters, plan. Nothing is written before all of it is in order."""
+        if self.job is not None:
+            return
+        config, resolved = self.config, (self._resumed or {}).get("resolved", {})
+        require_source(config)
+        self.encoder = self._encoder or load_encoder(
+            config.model_name,
+            precision=resolved.get("precision", config.precision),
+            max_seq_length=config.max_seq_length,
+            query_prefix=config.query_prefix,
+            passage_prefix=config.passage_prefix,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        if self.encoder.precision == "fp16" and self.encoder.device.type != "cuda":
+            raise ValueError("precision: fp16 trains on CUDA only; use bf16, fp32 or auto here")
+        dataset = self._dataset or load_data(config, self.encoder, self.terminal.console)
+        self.job = prepare_job(config, self.encoder, dataset)
+        self.model_fingerprint = self.encoder.fingerprint()
+        seed_everything(config.seed)
+        if config.use_lora:
+            setup_lora_model(
+                self.encoder, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+            )
+        self.parameters = {n: p for n, p in self.encoder.backbone.named_parameters() if p.requires_grad}
+        self.modules = group_by_module(self.parameters)
+        self.optimizer = GuardedOptimizer(
+            self.parameters,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            scaling=self.encoder.precision == "fp16",
+        )
+        self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
+        chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
+        self.budget = chosen or choose_micro_batch_tokens(self.encoder)
+        self.measurements = Measurements(self.job.question_ids, self.optimizer.scaler.is_enabled())
+        self.at, self._saved = Progress(), None
+
+    def _is_finished(self) -> bool:
+        finished = self.run_dir is not None and self._resumed is not None and read_run(self.run_dir).is_finished
+        if finished:
+            self.terminal.say(f"{self.run_dir.name} is already finished: nothing to do")
+        return finished
+
+    def _start(self) -> None:
+        """Open the run directory and, when the run was begun before, put everything back as it was."""
+        resolved = {
+            "device": self.encoder.device.type,
+            "precision": self.encoder.precision,
+            "micro_batch_tokens": self.budget,
+            "threads": torch.get_num_threads(),
+        }
+        if self._resumed is None:
+            self.record.describe(resolved, self.encoder, self.model_fingerprint)
+            self._explain_plan()
+            self.record.open(self.at)
+            return
+        snapshot = self.record.reopen(resolved)
+        if snapshot is not None:
+            snapshot.restore(self.parameters, self.optimizer.adamw)
+            self.at = Progress(**snapshot.progress["at"])
+            self.measurements.restore(snapshot.progress["measurements"])
+            self.optimizer.restore_scaler(snapshot.progress["scaler"])
+        self.terminal.say(f"{self.run_dir.name} goes on after step {self.at.step} of {self.job.schedule.total}")
+        self.record.open(self.at)
+
+    def _explain_plan(self) -> None:
+        config, job, say = self.config, self.job, self.terminal.say
+        say(f"run {self.run_dir}")
+        say(f"model {config.model_name}: {self.encoder.path}, {self.encoder.precision} on {self.encoder.device.type}")
+        say(str(get_lora_info(self.encoder)) if config.use_lora else "every weight trains")
+        say(
+            f"data: {len(job.pairs):,} pairs from {job.report['training_articles']:,} articles; "
+            f"{len(job.evaluators[0].task.queries):,} questions of {job.report['held_out_articles']:,} other articles "
+            f"are scored over {len(job.evaluators[0].task.corpus):,} passages"
+        )
+        accumulated = (
+            f" (gradients of {config.gradient_accumulation_steps} batches are summed, which adds no negatives)"
+            if config.gradient_accumulation_steps > 1
+            else ""
+        )
+        say(
+            f"plan: {job.schedule.total:,} steps; a query sees at most {config.batch_size - 1} negatives, "
+            f"the other positives of its batch{accumulated}"
+        )
+        if self.warmup < config.warmup_steps:
+            say(f"warmup_steps {config.warmup_steps} is cut to {self.warmup}, a tenth of the run")
+        if job.schedule.dropped:
+            say(f"{job.schedule.dropped} pairs stand in batches without negatives and are left out")
+
+    # ------------------------------------------------------------ now and then
+
+    def _report(self, step: Step, due: bool, norms: np.ndarray, histograms: dict[str, np.ndarray]) -> None:
+        """Record the numbers of the steps since the last record, and of the epoch when it ends."""
+        values = self.measurements.summarize() if due else {}
+        if values:
+            done = self.job.schedule.epochs_done(step.number)
+            rate = find_learning_rate(step.number, self.job.schedule.total, self.warmup, self.config.learning_rate)
+            values |= {"train/learning_rate": rate, "train/epoch": done}
+            values |= {f"gradients/{m}_weight_norm": float(n) for m, n in zip(self.modules, norms, strict=False)}
+            self.terminal.show(step.number, values["train/loss"], values["train/pairs_per_second"])
+        if step.ends_epoch:
+            values |= self.measurements.close_epoch()
+        if values:
+            self.record.logbook.record(step.number, values)
+        named = {f"gradients/{module}_weight": array for module, array in histograms.items()}
+        self.record.logbook.record_histograms(step.number, named)
+
+    def _is_evaluation_due(self) -> bool:
+        step = self.at.step
+        return self.at.evaluated != step and (step % self.config.save_steps == 0 or step == self.job.schedule.total)
+
+    def _is_done(self) -> bool:
+        patience = self.config.patience
+        return self.at.step == self.job.schedule.total or (patience is not None and self.at.stale >= patience)
+
+    def _evaluate(self, stop: StopSignals) -> None:
+        """Score the model on the held-out questions; the best so far is kept."""
+        with stop.at_once():  # scoring changes nothing: nobody has to wait for its end to stop
+            scores = self._score("base" if self.at.step == 0 else "tuned")
+        first = scores[0]
+        self.record.logbook.record(self.at.step, name_metrics(scores))
+        shown = ", ".join(f"{name} {first.metrics[name]:.4f}" for name in ("ndcg@10", "map", "recall@10", "mrr@10"))
+        key = list(first.sort_key)
+        if self.at.step == 0:
+            self.record.write_scores("base", 0, scores)
+        elif self.at.best is None or key > self.at.best["key"]:
+            self.record.checkpoints.save_best(self.at.step, copy_to_cpu(self.parameters))
+            self.record.write_scores("best", self.at.step, scores)
+            self.at.best, self.at.stale = {"step": self.at.step, "key": key, "metrics": first.metrics}, 0
+            shown += ", the best so far"
+        else:
+            self.at.stale += 1
+        self.at.evaluated = self.at.step
+        self.terminal.say(f"step {self.at.step}: {shown}" if self.at.step else f"before training: {shown}")
+        if self._is_done() and self.at.step < self.job.schedule.total:
+            self.terminal.say(f"stopped early: {self.at.stale} evaluations without a better score")
+
+    def _score(self, name: str, encoder: TextEncoder | None = None) -> list[Scores]:
+        try:
+            return [evaluator.score(encoder or self.encoder, name) for evaluator in self.job.evaluators]
+        except FloatingPointError as error:
+            raise NumericFault(f"scoring after step {self.at.step}: {error}", self.at.step, []) from error
+
+    def _save_checkpoint(self) -> None:
+        self.measurements.collect()
+        state = {"measurements": self.measurements.state(), "scaler": self.optimizer.scaler_state()}
+        self.record.save_checkpoint(self.at, self.parameters, self.optimizer.adamw, state)
+        self._saved = (self.at.step, self.at.evaluated)
+
+    # ------------------------------------------------------------ the end
+
+    def _finish(self, stop: StopSignals) -> None:
+        """Take the best weights back, save the model, score what was saved, and say whether it is better."""
+        best = self.at.best["step"]
+        weights = self.record.checkpoints.load_best(best)
+        copy_weights(weights, self.parameters)
+        if hash_weights(copy_to_cpu(self.parameters)) != hash_weights(weights):
+            raise RuntimeError(f"the best weights, of step {best}, did not arrive in the model unchanged")
+        merged = merge_lora(self.encoder) if self.config.use_lora else self.encoder
+        with stop.at_once():
+            scores = self._score("tuned", merged)
+        verdict = self._judge(scores[0])
+        self.record.write_scores("final", best, scores)
+        self.record.write_verdict(verdict)
+        self.record.publish_model(merged, self.encoder, verdict)
+        self.record.close_finished(self.at)
+        self.terminal.stop()
+        self.terminal.say(verdict.sentence)
+        self.terminal.say(f"model of step {best}: {self.run_dir / 'model'}")
+
+    def _judge(self, tuned: Scores) -> Verdict:
+        return judge(self.record.read_scores("base"), tuned, self.job.evaluators[0].task.groups)
+
+
+def name_metrics(scores: list[Scores]) -> dict[str, float]:
+    """Every metric under the name it is recorded by: eval/score decides, eval_answer/... is the second task."""
+    first, *others = scores
+    values = {"eval/score": first.sort_key[0]} | {f"eval/{name}": value for name, value in first.metrics.items()}
+    return values | {f"eval_answer/{name}": value for other in others for name, value in other.metrics.items()}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
