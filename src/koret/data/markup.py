@@ -133,7 +133,7 @@ def _lead(run: str) -> str:
     """The heading or list mark that a run opens and does not close again: ``'## '``, ``'- '`` or nothing."""
     heading = _HEADING_MARK.search(run, run.rfind(HEADING_END) + 1)
     if heading:
-        return "#" * (HEADINGS.index(heading[0]) + 1) + " "
+        return "#" * max(HEADINGS.index(heading[0]) + 1, 2) + " "
     return "- " if run.rfind(ITEM) > run.rfind(ITEM_END) else ""
 
 
@@ -148,8 +148,8 @@ _joined = _Joins().__getitem__
 def clean_html_text(text: str) -> str:
     """Readable text of any HTML string, whole page or fragment.
 
-    Headings become lines starting with ``#``s, list items ``- `` lines, table rows one line with `` | `` between the
-    cells and `` / `` for a break inside one. Head, scripts, styles, comments, table of contents, navigation boxes,
+    Headings become lines starting with ``## `` (h1, h2) to ``###### ``, list items ``- `` lines, table rows one line
+    with `` | `` between the cells and `` / `` for a break inside one. Head, scripts, styles, comments, table of contents, navigation boxes,
     edit links and reference marks are left out; entities are decoded once; the result is NFC. Text that is no markup
     (``a < b``, ``<3``) stays. Any input takes linear time.
     """
