@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from koret.retrieval import offline
 
@@ -14,12 +16,26 @@ def encoder():
     return load_encoder("offline")
 
 
-def test_every_syllable_is_spelled_without_unknown_pieces_and_without_collisions(encoder):
-    spellings = {}
-    for code in range(0xAC00, 0xD7A4):
-        pieces = tuple(encoder.tokenizer.tokenize(chr(code)))
-        assert "[UNK]" not in pieces, chr(code)
-        assert spellings.setdefault(pieces, code) == code, (chr(code), chr(spellings[pieces]))
+def test_every_syllable_is_one_token_in_either_place(encoder):
+    for code in offline.SYLLABLES:
+        assert encoder.tokenizer.tokenize(chr(code)) == [chr(code)]
+    assert encoder.tokenizer.tokenize("값이 깎인 the sky") == ["값", "##이", "깎", "##인", "the", "sky"]
+
+
+def test_rows_are_the_mean_of_their_letters_and_published_rows_are_untouched(encoder):
+    published = load_file(offline.find_offline_base() / "model.safetensors")["embeddings.word_embeddings.weight"]
+    weight = encoder.backbone.get_input_embeddings().weight.detach()
+    assert torch.equal(weight[: len(published)], published)
+    vocabulary = encoder.tokenizer.get_vocab()
+    assert len(vocabulary) == len(weight) == len(published) + 2 * 11_172
+    start = torch.stack([weight[vocabulary[piece]] for piece in ("ᄀ", "##ᅡ", "##ᆸ", "##ᄉ")]).mean(0)  # 값 lacks ㅄ
+    assert torch.allclose(weight[vocabulary["값"]], start)
+    inside = torch.stack([weight[vocabulary[piece]] for piece in ("##ᄀ", "##ᅡ")]).mean(0)
+    assert torch.allclose(weight[vocabulary["##가"]], inside)
+
+
+def test_no_two_syllables_are_spelled_alike():
+    assert len({offline.spell(chr(code)) for code in offline.SYLLABLES}) == 11_172
 
 
 def test_nfd_text_reads_like_nfc_text(encoder):

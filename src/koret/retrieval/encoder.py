@@ -239,7 +239,9 @@ def load_encoder(
     except Exception as error:  # the libraries raise a dozen kinds for "not there"
         raise ValueError(_explain_missing_model(name, error)) from error
     if name == offline.NAME:
-        model[0].processor = offline.make_tokenizer(model.tokenizer)
+        length = model.max_seq_length
+        offline.add_syllables(model)
+        model.max_seq_length = length
     window = getattr(model[0].model.config, "max_position_embeddings", None)
     if window and model[0].model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         window -= 2
