@@ -83,7 +83,12 @@ def test_nobody_inside_imports_the_package_face():
 def test_no_circles():
     modules = {name_of(path): path for path in list_modules()}
     edges = {
-        name: {m for target in find_imports(path) for m in (target, target.rpartition(".")[0]) if m in modules and m != name}
+        name: {
+            m
+            for target in find_imports(path)
+            for m in (target, target.rpartition(".")[0])
+            if m in modules and m != name
+        }
         for name, path in modules.items()
         if name != "koret"
     }

@@ -105,15 +105,21 @@ def _add_download(command: argparse.ArgumentParser) -> None:
 def _add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-workers", type=int, default=4, help="processes that read and clean (default 4)")
     command.add_argument("--strict", action="store_true", help="validate every byte, raw_html included")
-    command.add_argument("--max-bad", type=float, default=0.001, metavar="SHARE", help="stop above this share of bad records")
+    command.add_argument(
+        "--max-bad", type=float, default=0.001, metavar="SHARE", help="stop above this share of bad records"
+    )
 
 
 def _add_stats(command: argparse.ArgumentParser) -> None:
     command.add_argument("data", metavar="DATA", help="file, folder or zip, or 'sample'")
     command.add_argument("--out", metavar="DIR", help="write statistics.json, plots and report.html here")
     command.add_argument("--model", metavar="MODEL", help="count tokens as this model does")
-    command.add_argument("--max-seq-length", type=int, default=256, help="length that counts as truncated (default 256)")
-    command.add_argument("--against", metavar="DATA", action="append", default=[], help="look for overlap with this set too")
+    command.add_argument(
+        "--max-seq-length", type=int, default=256, help="length that counts as truncated (default 256)"
+    )
+    command.add_argument(
+        "--against", metavar="DATA", action="append", default=[], help="look for overlap with this set too"
+    )
     command.add_argument("--json", action="store_true", help="print the statistics as JSON")
     _add_data_options(command)
 
@@ -149,7 +155,9 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--extra", metavar="DIR", action="append", default=[], help="also score this BEIR-layout set")
     command.add_argument("--probes", action="store_true", help="also score NFD, unspaced, particle and typo variants")
     command.add_argument("--max-queries", type=int, metavar="N", help="ask at most N questions")
-    command.add_argument("--max-seq-length", type=int, metavar="N", help="cut texts to N tokens (default: the model's own)")
+    command.add_argument(
+        "--max-seq-length", type=int, metavar="N", help="cut texts to N tokens (default: the model's own)"
+    )
     command.add_argument("--json", metavar="FILE", help="write the report as JSON ('-': print it)")
     command.add_argument("--out", metavar="DIR", help="write report.html, plots, report.json and per-query results")
     command.add_argument("--trec", metavar="DIR", help="write TREC run and qrels files")
@@ -162,7 +170,9 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset-root", required=True, metavar="DATA")
     command.add_argument("--split", choices=["auto", "all", "held-out"], default="auto")
     command.add_argument("--max-queries", type=int, metavar="N", help="ask at most N questions")
-    command.add_argument("--moves", type=int, default=20, metavar="N", help="largest moves shown either way (default 20)")
+    command.add_argument(
+        "--moves", type=int, default=20, metavar="N", help="largest moves shown either way (default 20)"
+    )
     command.add_argument("--json", action="store_true", help="print the comparison as JSON")
     _add_data_options(command)
 

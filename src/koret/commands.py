@@ -231,9 +231,13 @@ def start_tensorboard(options: argparse.Namespace) -> None:
     """Check the directory and the port, say who can read what, then become TensorBoard."""
     folder = Path(options.log_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no directory {folder}: train a model first (make train), or name another log directory")
+        raise FileNotFoundError(
+            f"no directory {folder}: train a model first (make train), or name another log directory"
+        )
     if not any(folder.rglob("events.out.tfevents.*")):
-        raise FileNotFoundError(f"{folder} holds no TensorBoard events: train a model first, or name another log directory")
+        raise FileNotFoundError(
+            f"{folder} holds no TensorBoard events: train a model first, or name another log directory"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -247,8 +251,8 @@ def start_tensorboard(options: argparse.Namespace) -> None:
     if options.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"  on the network   http://{find_address()}:{options.port}")
         print(
-            f"There is no password: anyone who can reach {options.host}:{options.port} can read run names, curves, texts\n"
-            "and settings of these runs. Only for this machine: add --host 127.0.0.1\n"
+            f"There is no password: anyone who can reach {options.host}:{options.port} can read the names, curves,\n"
+            "texts and settings of these runs. Only for this machine: add --host 127.0.0.1\n"
             f"(and from elsewhere: ssh -L {options.port}:localhost:{options.port} THIS_MACHINE). Stop with Ctrl-C."
         )
     sys.stdout.flush()

@@ -28,32 +28,45 @@ class TrainingConfig:
     """
 
     # model
-    model_name: str = _knob("intfloat/multilingual-e5-small", "base embedder: hub name, local path, or 'offline'", "model")
+    model_name: str = _knob(
+        "intfloat/multilingual-e5-small", "base embedder: hub name, local path, or 'offline'", "model"
+    )
     max_seq_length: int = _knob(256, "tokens a text is cut to", "model", least=8, most=8192)
     query_prefix: str = _knob("query: ", "put before every question", "model")
     passage_prefix: str = _knob("passage: ", "put before every passage and answer", "model")
     # data
     dataset_root: str = _knob("sample", "file, folder or zip to train on, or 'sample' for the embedded set", "data")
-    train_split: float = _knob(0.9, "share of the articles used for training, the rest is held out", "data", above=0.0, below=1.0)
+    train_split: float = _knob(
+        0.9, "share of the articles used for training, the rest is held out", "data", above=0.0, below=1.0
+    )
     max_samples: int | None = _knob(None, "use at most this many training questions", "data", least=2)
     eval_samples: int | None = _knob(None, "score at most this many held-out questions", "data", least=1)
     eval_corpus_size: int = _knob(
         20000, "passages searched in evaluation: all held-out ones, filled up with training passages", "data", least=1
     )
     passage_tokens: int | None = _knob(
-        None, "passage budget in tokens; none: pages are cut at max_seq_length, ready-made paragraphs stay whole", "data", least=16
+        None,
+        "passage budget in tokens; none: pages are cut at max_seq_length, ready-made paragraphs stay whole",
+        "data",
+        least=16,
     )
     positives: Literal["passage", "answer", "both"] = _knob(
         "passage", "what a question is pulled towards: the passage holding its answer, the answer text, or both", "data"
     )
-    num_workers: int = _knob(4, "processes that read and clean data; the result does not depend on it", "data", least=0, most=256)
+    num_workers: int = _knob(
+        4, "processes that read and clean data; the result does not depend on it", "data", least=0, most=256
+    )
     cache_dir: str | None = _knob(None, "where prepared data is kept; none: $KORET_CACHE or ~/.cache/koret", "data")
     # optimisation
-    batch_size: int = _knob(16, "questions per step; each sees the other batch_size - 1 positives as negatives", "training", least=2)
+    batch_size: int = _knob(16, "questions per step, each with up to batch_size - 1 negatives", "training", least=2)
     num_epochs: int = _knob(3, "passes over the training questions", "training", least=1)
-    max_steps: int | None = _knob(None, "stop after this many optimizer steps, whatever num_epochs says", "training", least=1)
+    max_steps: int | None = _knob(
+        None, "stop after this many optimizer steps, whatever num_epochs says", "training", least=1
+    )
     learning_rate: float = _knob(2e-5, "peak of the warm-up + linear-decay schedule", "training", above=0.0, most=10.0)
-    warmup_steps: int = _knob(500, "steps of linear warm-up (cut to a tenth of a run shorter than ten times this)", "training", least=0)
+    warmup_steps: int = _knob(
+        500, "steps of linear warm-up (cut to a tenth of a run shorter than ten times this)", "training", least=0
+    )
     weight_decay: float = _knob(0.01, "AdamW weight decay", "training", least=0.0)
     max_grad_norm: float = _knob(1.0, "gradient norm is clipped to this", "training", above=0.0)
     gradient_accumulation_steps: int = _knob(
@@ -64,10 +77,14 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _knob(
         "auto", "arithmetic of the frozen base; adapters and loss stay float32", "training"
     )
-    gradient_checkpointing: bool = _knob(False, "recompute layers in the backward pass: less memory, more time", "training")
+    gradient_checkpointing: bool = _knob(
+        False, "recompute layers in the backward pass: less memory, more time", "training"
+    )
     micro_batch_tokens: int | None = _knob(
-        None, "tokens encoded at a time (GradCache): any batch_size in this much memory; none: chosen for the device",
-        "training", least=64,
+        None,
+        "tokens encoded at a time (GradCache): any batch_size in this much memory; none: chosen for the device",
+        "training",
+        least=64,
     )
     seed: int = _knob(42, "fixes split, order, adapters and dropout", "training", least=0, most=2**31 - 1)
     # adapters

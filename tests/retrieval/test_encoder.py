@@ -106,7 +106,9 @@ def test_inference_search_ranks_by_cosine_and_keeps_ties_in_order(encoder, tmp_p
     assert model.encode_queries(["가", "나"]).shape == model.encode_passages(["가", "나"]).shape == (2, 384)
     query = model.encode_query("훈민정음은 언제 반포되었는가?")
     scores = model.compute_similarity(query, model.encode_passages(passages))
-    assert scores.shape == (3,) and model.compute_similarity(np.stack([query] * 2), model.encode_passages(passages)).shape == (2, 3)
+    assert scores.shape == (3,) and model.compute_similarity(
+        np.stack([query] * 2), model.encode_passages(passages)
+    ).shape == (2, 3)
     assert np.isclose(np.linalg.norm(query), 1, atol=1e-6)
     hits = model.search("훈민정음은 언제 반포되었는가?", passages, top_k=10)
     assert [hit["rank"] for hit in hits] == [1, 2, 3]

@@ -104,7 +104,7 @@ class TextEncoder:
         return [np.asarray(row, dtype=np.int32) for row in rows]
 
     def embed(self, ids: Sequence[np.ndarray]) -> Tensor:
-        """Token ids of N texts -> (N, D) unit vectors, float32, in the given order; one forward, autograd if enabled."""
+        """Token ids of N texts -> (N, D) float32 unit vectors in the given order; one forward, autograd if enabled."""
         if self.slow_path_reason is None:
             vectors = self._packed_forward().forward(ids)
         else:
@@ -119,11 +119,14 @@ class TextEncoder:
         Raises FloatingPointError naming the first text whose vector is not finite.
         """
         ids = self.tokenize(texts, kind)
-        vectors = self.encode_ids(ids, progress=progress, label=f"encoding {len(texts)} {kind} texts", budget=batch_tokens)
+        vectors = self.encode_ids(
+            ids, progress=progress, label=f"encoding {len(texts)} {kind} texts", budget=batch_tokens
+        )
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if bad.size:
             raise FloatingPointError(
-                f"the model gives non-finite vectors ({bad.size} of {len(texts)} texts, first: {texts[bad[0]][:80]!r}); "
+                f"the model gives non-finite vectors ({bad.size} of {len(texts)} texts, "
+                f"first: {texts[bad[0]][:80]!r}); "
                 "its weights are damaged or the precision is too low: try --precision fp32"
             )
         return vectors
@@ -292,7 +295,7 @@ def _reaches_hub(timeout: float = 5.0) -> bool:
 
 
 def choose_precision(device: str) -> str:
-    """'bf16' where the device multiplies it in hardware, else 'fp16' on CUDA and, by measurement, 'fp32' or 'bf16' on CPU."""
+    """On CUDA 'bf16' where it is native, else 'fp16'; on CPU 'bf16' where a measured product is faster, else 'fp32'."""
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.startswith("cpu"):

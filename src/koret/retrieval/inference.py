@@ -40,7 +40,7 @@ class E5KorQuADInference:
         return self._encode(passages, "passage", "passages", show_progress)
 
     def compute_similarity(self, query_embedding: np.ndarray, passage_embeddings: np.ndarray) -> np.ndarray:
-        """Cosine similarities: (D,) with (N, D) -> (N,); (Q, D) with (N, D) -> (Q, N). Raises ValueError on other shapes."""
+        """Cosine similarities: (D,) with (N, D) -> (N,); (Q, D) with (N, D) -> (Q, N); else ValueError."""
         queries, passages = np.asarray(query_embedding), np.atleast_2d(np.asarray(passage_embeddings))
         if queries.ndim not in (1, 2) or passages.ndim != 2 or queries.shape[-1] != passages.shape[-1]:
             raise ValueError(
@@ -53,8 +53,10 @@ class E5KorQuADInference:
         """The ``top_k`` nearest passages: dicts of rank (from 1), passage, score (cosine) and index in ``passages``."""
         return self.batch_search([query], passages, top_k)[0]
 
-    def batch_search(self, queries: Sequence[str], passages: Sequence[str], top_k: int = 5) -> list[list[dict[str, Any]]]:
-        """One ``search`` result per query; passages are encoded once. Equal scores come in the order of ``passages``."""
+    def batch_search(
+        self, queries: Sequence[str], passages: Sequence[str], top_k: int = 5
+    ) -> list[list[dict[str, Any]]]:
+        """One ``search`` result per query; passages are encoded once, equal scores keep their order."""
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         vectors = self.encode_queries(queries)  # checks the queries even where nothing can be found

@@ -114,7 +114,11 @@ class PackedEncoder:
     """
 
     def __init__(
-        self, backbone: nn.Module, pooling: str = "mean", dtype: torch.dtype = torch.float32, checkpointing: bool = False
+        self,
+        backbone: nn.Module,
+        pooling: str = "mean",
+        dtype: torch.dtype = torch.float32,
+        checkpointing: bool = False,
     ) -> None:
         reason = explain_unsupported(backbone)
         if reason:
@@ -142,7 +146,8 @@ class PackedEncoder:
             flat[0, span], flat[1, span], flat[2, span] = tokens, np.arange(len(tokens)), number
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
         groups = [
-            (at, n, length, None if mask is None else mask.to(device, self.dtype)) for at, n, length, mask in layout.groups
+            (at, n, length, None if mask is None else mask.to(device, self.dtype))
+            for at, n, length, mask in layout.groups
         ]
         x = self._embed(tokens, positions + self.first_position)
         for layer in self.core.encoder.layer:
@@ -313,7 +318,7 @@ def _stack_diagonal(adapters: list[_Adapter | None], widths: list[int]) -> Tenso
 
 
 def drop_fast(x: Tensor, p: float) -> Tensor:
-    """Dropout with probability ``p``, in steps of 1/65536; on CPU from 16-bit draws, several times faster than F.dropout.
+    """Dropout with probability ``p`` (in steps of 1/65536); on CPU from 16-bit draws, faster than F.dropout.
 
     The draws come from torch's default generator, so restoring its state repeats the mask.
     """
