@@ -34,16 +34,15 @@ def make_dataset(articles: int = 12, paragraphs: int = 3, questions: int = 4, se
                 asked, answer = " ".join(chosen[1:]), chosen[0]
                 name = f"q{len(tables['questions'])}"
                 tables["questions"].append(
-                    [name, asked, article, [answer], "short", [row], row, [row], [],
-                     text_key(asked), text_key(normalize_answer(answer)), text.index(answer), text.index(answer) + len(answer)]
+                    [name, asked, article, [answer], "short", [row], row, [row], [], text_key(asked),
+                     text_key(normalize_answer(answer)), text.index(answer), text.index(answer) + len(answer)]
                 )  # fmt: skip
         tables["articles"].append([f"문서 {article}", "", "toy.json", first, paragraphs, 1000, False])
     schemas = {"articles": ARTICLES, "passages": PASSAGES, "questions": QUESTIONS}
-    built = {
-        name: pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows, strict=True), schemas[name], strict=True)],
-                       schema=schemas[name])
-        for name, rows in tables.items()
-    }  # fmt: skip
+    built = {}
+    for name, rows in tables.items():
+        columns = zip(zip(*rows, strict=True), schemas[name], strict=True)
+        built[name] = pa.table([pa.array(column, field.type) for column, field in columns], schema=schemas[name])
     return Dataset(**built, fingerprint=f"toy-{articles}-{paragraphs}-{questions}-{seed}")
 
 

@@ -23,10 +23,9 @@ def brute_force(scores, positives, known):
         if not negatives:
             skipped += 1
             continue
-        total = sum(math.exp(scores[i, n].item()) for n in negatives)
-        rows.append(
-            sum(-math.log(math.exp(scores[i, p].item()) / (math.exp(scores[i, p].item()) + total)) for p in own) / len(own)
-        )
+        e = [math.exp(score) for score in scores[i].tolist()]
+        total = sum(e[n] for n in negatives)
+        rows.append(sum(-math.log(e[p] / (e[p] + total)) for p in own) / len(own))
     return (sum(rows) / len(rows) if rows else 0.0), skipped
 
 

@@ -78,7 +78,7 @@ def setup_lora_model(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=TaskType.FEATURE_EXTRACTION
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PEFT asks why the wrapper's config is not used; nobody needs it
+        warnings.simplefilter("ignore")  # PEFT and transformers warn about each other
         get_peft_model(backbone, config)
     return model
 

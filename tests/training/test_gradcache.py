@@ -1,0 +1,113 @@
+"""Chunked gradients are the whole batch's gradients, dropout included."""
+
+import numpy as np
+import pytest
+import torch
+
+from koret.retrieval.encoder import load_encoder
+from koret.training.batches import cut_micro_batches
+from koret.training.gradcache import embed_and_backward
+from koret.training.lora import setup_lora_model
+from koret.training.loss import info_nce
+
+TEXTS = [np.array([2, *range(5, 5 + n), 3], dtype=np.int32) for n in (3, 30, 7, 12, 1, 25, 7, 18, 9, 40, 2, 33)]
+
+
+def make_encoder(tiny_model, dtype, dropout):
+    encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    torch.manual_seed(3)
+    setup_lora_model(encoder, r=4, alpha=8, dropout=dropout)
+    for name, parameter in encoder.backbone.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # fresh adapters have no effect, and no gradient on A
+    encoder.model.to(dtype)
+    if dtype == torch.float64:
+        encoder.slow_path_reason = "float64"  # embed() narrows to float32, so go through the model itself
+    encoder.model.train()
+    for module in encoder.backbone.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p != dropout:
+            module.p = 0.0
+    return encoder
+
+
+def embed_in_float64(encoder):
+    def embed(ids):
+        longest = max(map(len, ids))
+        tokens = torch.tensor([[*map(int, x), *[0] * (longest - len(x))] for x in ids])
+        mask = torch.tensor([[1] * len(x) + [0] * (longest - len(x)) for x in ids])
+        hidden = encoder.backbone(input_ids=tokens, attention_mask=mask).last_hidden_state
+        pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(pooled, dim=1)
+
+    return embed
+
+
+def loss_of(embeddings):
+    known = torch.zeros(6, 6, dtype=torch.bool)
+    known[0, 3] = known[2, 1] = True
+    return info_nce(embeddings[:6], embeddings[6:], torch.arange(6), known, scale=20.0).value
+
+
+def gradients(encoder, embed, chunks):
+    encoder.model.zero_grad()
+    torch.manual_seed(11)
+    loss = embed_and_backward(embed, TEXTS, chunks, loss_of)
+    grads = {n: p.grad.clone() for n, p in encoder.backbone.named_parameters() if p.grad is not None}
+    return loss, grads, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("budget", [1, 20, 45, 100])
+def test_equals_the_whole_batch_in_float64(tiny_model, budget):
+    encoder = make_encoder(tiny_model, torch.float64, dropout=0.0)
+    embed = embed_in_float64(encoder)
+    chunks = cut_micro_batches(TEXTS, budget)
+    assert len(chunks) > 1
+    whole_loss, whole, _ = gradients(encoder, embed, [np.arange(len(TEXTS))])
+    loss, chunked, _ = gradients(encoder, embed, chunks)
+    assert abs(loss - whole_loss) < 1e-12
+    assert whole and all(g.abs().max() > 0 for g in whole.values())
+    for name in whole:
+        torch.testing.assert_close(chunked[name], whole[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("budget", [1, 45, 100])
+def test_equals_the_whole_batch_in_float32_through_the_packed_encoder(tiny_model, budget):
+    encoder = make_encoder(tiny_model, torch.float32, dropout=0.0)
+    assert encoder.slow_path_reason is None
+    _, whole, _ = gradients(encoder, encoder.embed, [np.arange(len(TEXTS))])
+    _, chunked, _ = gradients(encoder, encoder.embed, cut_micro_batches(TEXTS, budget))
+    for name in whole:
+        assert (chunked[name] - whole[name]).abs().max() <= 1e-5 * whole[name].abs().max(), name
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_both_passes_draw_the_same_dropout(tiny_model, path):
+    """With dropout the chunks' gradients equal those of the same chunks embedded in one graph."""
+    encoder = make_encoder(tiny_model, torch.float32, dropout=0.3)
+    if path == "padded":
+        encoder.slow_path_reason = "asked for"
+    chunks = cut_micro_batches(TEXTS, 60)
+    order = np.argsort(np.concatenate(chunks))
+
+    def in_one_graph(ids):
+        assert len(ids) == len(TEXTS)
+        return torch.cat([encoder.embed([ids[i] for i in chunk]) for chunk in chunks])[order]
+
+    _, whole, state = gradients(encoder, in_one_graph, [np.arange(len(TEXTS))])
+    _, chunked, chunked_state = gradients(encoder, encoder.embed, chunks)
+    for name in whole:
+        assert (chunked[name] - whole[name]).abs().max() <= 1e-5 * whole[name].abs().max(), name
+    assert torch.equal(state, chunked_state)  # and the generator goes on as after one pass
+    torch.manual_seed(12)
+    assert not torch.equal(encoder.embed(TEXTS[:2]), encoder.embed(TEXTS[:2]))  # dropout was really on
+
+
+def test_chunks_hold_every_text_once_within_the_budget():
+    lengths = np.array([len(t) for t in TEXTS])
+    for budget in (1, 10, 42, 80, 1000, None):
+        chunks = cut_micro_batches(TEXTS, budget)
+        flat = np.concatenate(chunks)
+        assert sorted(flat) == list(range(len(TEXTS)))
+        assert (np.diff(lengths[flat]) <= 0).all()
+        if budget:
+            assert all(lengths[c].sum() <= budget or len(c) == 1 for c in chunks)
