@@ -67,8 +67,8 @@ def test_numbers_must_be_numbers(value):
 
 def test_text_is_read_as_the_command_line_gives_it():
     config = TrainingConfig(
-        batch_size="32", learning_rate="1e-3", log_gradients="false", lora_target_modules="query,value", max_steps="none",
-        patience="3",
+        batch_size="32", learning_rate="1e-3", log_gradients="false", lora_target_modules="query,value",
+        max_steps="none", patience="3",
     )  # fmt: skip
     assert (config.batch_size, config.learning_rate, config.log_gradients) == (32, 1e-3, False)
     assert (config.lora_target_modules, config.max_steps, config.patience) == (("query", "value"), None, 3)
