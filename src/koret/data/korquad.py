@@ -26,7 +26,8 @@ class Question(msgspec.Struct, frozen=True, gc=False):
     """One question with every gold answer the source gives it.
 
     ``paragraph`` is the index of the context it was asked about (0 for KorQuAD 2.x, whose articles have one).
-    ``negatives`` are texts a JSONL source names as hard negatives.
+    ``negatives`` are texts a JSONL source names as hard negatives; ``whole`` are contexts it names as positives without
+    saying where in them the answer is.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Question(msgspec.Struct, frozen=True, gc=False):
     answers: tuple[Answer, ...]
     paragraph: int = 0
     negatives: tuple[str, ...] = ()
+    whole: tuple[int, ...] = ()
 
 
 class Article(msgspec.Struct, frozen=True, gc=False):

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pyarrow as pa
 
-ARTICLES = pa.schema(
-    [
-        ("title", pa.string()),
-        ("url", pa.string()),
-        ("source", pa.string()),  # file, or zip!member
-        ("first_passage", pa.int64()),  # its passages are rows first_passage .. first_passage + passage_count - 1
-        ("passage_count", pa.int32()),
-        ("characters", pa.int64()),  # of clean text
-        ("html", pa.bool_()),
-    ]
-)
-PASSAGES = pa.schema(
-    [
-        ("article", pa.int64()),  # row in ARTICLES
-        ("heading", pa.string()),  # 제목 > 절, empty for ready-made paragraphs
-        ("text", pa.string()),  # what is encoded is heading + newline + text (passages.join_heading)
-        ("start", pa.int64()),  # code points in the article's clean text (in the paragraph for plain ones)
-        ("end", pa.int64()),
-        ("tokens", pa.int32()),  # by the tokenizer the set was prepared with, heading included; -1 unknown
-        ("text_key", pa.int64()),  # hash of the normalised text: equal texts have equal keys
-    ]
-)
-QUESTIONS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("text", pa.string()),
-        ("article", pa.int64()),
-        ("answers", pa.list_(pa.string())),  # clean texts, the first is the reference answer
-        ("answer_kind", pa.string()),  # short | sentence | list | table
-        ("gold", pa.list_(pa.int64())),  # every passage that overlaps an answer, ascending
-        ("best", pa.int64()),  # the one with the largest overlap
-        ("known", pa.list_(pa.int64())),  # gold plus same-article passages containing an answer text: never negatives
-        ("negatives", pa.list_(pa.int64())),  # passages the source names as hard negatives
-        ("question_key", pa.int64()),  # hash of the normalised question
-        ("answer_key", pa.int64()),  # hash of the normalised reference answer
-        ("answer_start", pa.int64()),  # in the article's clean text (paragraph's for plain ones); -1 unknown
-        ("answer_end", pa.int64()),
-    ]
-)
+from koret.data import assemble, totals, workers
+from koret.data.korquad import UNANSWERABLE
+from koret.data.prepare import SHARDS, Settings, SourceReport
+from koret.data.sources import DataError, Source, find_sources
+from koret.data.tables import ARTICLES as ARTICLES
+from koret.data.tables import PASSAGES as PASSAGES
+from koret.data.tables import QUESTIONS as QUESTIONS
+from koret.files import stage_folder, write_json
+
+SAMPLE = Path(__file__).parent / "sample" / "korquad2.1_sample.json"
+DEFAULT_MAX_BAD = 0.001
+_ALWAYS_TOLERATED = 10  # bad records, under the default share: one bad line does not stop a small set
+_HARMLESS = (UNANSWERABLE, assemble.IDENTICAL)  # left out by design, no sign of bad data
+_QUIET_BYTES = 64 << 20  # a single source below this is prepared without progress lines
+_HASHED = 1 << 16  # bytes hashed at either end of a large file
 
 
 @dataclass(frozen=True)
@@ -61,3 +45,292 @@ class Dataset:
     fingerprint: str  # sha256 over sources and settings
     report: dict = field(default_factory=dict)  # counts per file, kept, rejected by reason
     directory: Path | None = None
+
+
+def load_dataset(
+    path: str | Path = "sample",
+    *,
+    tokenizer: Path | None = None,
+    passage_tokens: int | None = None,
+    max_seq_length: int = 256,
+    overlap: float = 0.0,
+    num_workers: int = 4,
+    cache_dir: Path | str | None = None,
+    strict: bool = False,
+    max_bad: float = DEFAULT_MAX_BAD,
+    progress: bool = True,
+) -> Dataset:
+    """Read ``path`` into a prepared data set; the second time it is only mapped into memory.
+
+    ``path`` is ``'sample'`` (the embedded set), a KorQuAD 1.0/2.0/2.1 or SQuAD JSON file, a JSONL, CSV or Parquet file
+    of pairs, an official zip, a BEIR folder, a folder of documents with a questions.jsonl, or a folder of any of these.
+    HTML pages are cut into passages of ``passage_tokens`` (default ``max_seq_length``) tokens as the ``tokenizer``
+    (a tokenizer.json) counts them, estimated without one; ready-made paragraphs stay whole unless ``passage_tokens``
+    is given. ``overlap`` is the share of a passage repeated in the next.
+
+    Rows do not depend on ``num_workers`` (0: this process). ``strict`` validates every byte of the files. More than
+    a share of ``max_bad`` rejected records is an error; the default also lets ten of them pass in any set. The result
+    is kept in ``cache_dir`` (default ``$KORET_CACHE`` or ``~/.cache/koret``) and rebuilt when a file, a setting or
+    the code changes.
+
+    Raises FileNotFoundError for a path that is not there and ValueError for unusable data, naming file and record.
+    """
+    root = SAMPLE if str(path) == "sample" else Path(path).expanduser()
+    _check_settings(num_workers, max_bad)
+    sources, ignored = find_sources(root)
+    settings = Settings(
+        page_tokens=passage_tokens or max_seq_length,
+        paragraph_tokens=passage_tokens,
+        overlap=overlap,
+        tokenizer=str(Path(tokenizer).absolute()) if tokenizer else None,
+        strict=strict,
+    )
+    folder = find_cache_dir(cache_dir) / "datasets" / _make_key(sources, ignored, settings)
+    dataset = _open_prepared(folder)
+    if dataset is None:
+        _prepare(root, sources, ignored, settings, folder, num_workers, progress)
+        dataset = _open_prepared(folder)
+        if dataset is None:
+            raise DataError(f"the prepared data in {folder} vanished while it was opened: run again")
+    _check_report(dataset, max_bad)
+    return dataset
+
+
+def find_cache_dir(cache_dir: Path | str | None) -> Path:
+    """Where prepared data is kept: as given, or $KORET_CACHE, or ~/.cache/koret."""
+    return Path(cache_dir or os.environ.get("KORET_CACHE") or Path.home() / ".cache" / "koret").expanduser()
+
+
+# ---- prepared or not
+
+
+def _make_key(sources: Sequence[Source], ignored: list[tuple[str, str]], settings: Settings) -> str:
+    """The name of the prepared data: changes with every file, setting and line of code that matters."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(repr((source.name, source.format, source.member, source.size)).encode())
+    for path in sorted({source.path for source in sources}):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            status = file.stat()
+            digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+            digest.update(_hash_ends(file, status.st_size))
+    digest.update(repr(ignored).encode() + msgspec.json.encode(msgspec.structs.replace(settings, tokenizer=None)))
+    if settings.tokenizer:
+        digest.update(_read_tokenizer(settings.tokenizer))
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _hash_ends(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        start = file.read(_HASHED * 2 if size <= _HASHED * 2 else _HASHED)
+        file.seek(max(size - _HASHED, 0))
+        return hashlib.sha256(start + file.read(_HASHED)).digest()
+
+
+def _read_tokenizer(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+
+
+def _open_prepared(folder: Path) -> Dataset | None:
+    """The data set in ``folder``, or None where there is none or it is damaged."""
+    try:
+        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes())
+        if any((folder / name).stat().st_size != size for name, size in manifest["files"].items()):
+            return None
+        tables = {name: pa.ipc.open_file(pa.memory_map(str(folder / f"{name}.arrow"))).read_all() for name in SHARDS}
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+    return Dataset(**tables, fingerprint=manifest["fingerprint"], report=manifest["report"], directory=folder)
+
+
+def _prepare(
+    root: Path,
+    sources: Sequence[Source],
+    ignored: list[tuple[str, str]],
+    settings: Settings,
+    folder: Path,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Build the data set in ``folder``: workers write shards, which are joined, checked and renamed into place."""
+    started = time.perf_counter()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"prepared data cannot be written to {folder.parent}: {error.strerror}. Name another folder with cache_dir "
+            "or the variable KORET_CACHE"
+        ) from error
+    with stage_folder(folder) as staging:
+        shards = staging / "shards"
+        shards.mkdir()
+        with _show_progress(sources, progress) as on_done:
+            reports = workers.prepare_all(sources, settings, shards, num_workers, on_done)
+        digest = assemble.assemble(shards, staging, reports)
+        for shard in shards.iterdir():
+            shard.unlink()
+        shards.rmdir()
+        report = _make_report(root, reports, ignored, started)
+        write_json(
+            staging / "manifest.json",
+            {
+                "fingerprint": hashlib.sha256(f"{digest} {_describe(settings)}".encode()).hexdigest(),
+                "settings": msgspec.to_builtins(settings),
+                "sources": [asdict(source) | {"path": str(source.path)} for source in sources],
+                "files": {f.name: f.stat().st_size for f in sorted(staging.glob("*.arrow"))},
+                "report": report,
+            },
+        )
+
+
+def _describe(settings: Settings) -> str:
+    tokenizer = hashlib.sha256(_read_tokenizer(settings.tokenizer)).hexdigest() if settings.tokenizer else ""
+    return msgspec.json.encode(msgspec.structs.replace(settings, tokenizer=tokenizer)).decode()
+
+
+@contextmanager
+def _show_progress(sources: Sequence[Source], progress: bool):
+    """A callback for finished sources: a bar on a terminal, else a line each; small sets are prepared in silence."""
+    if not progress or (len(sources) == 1 and sources[0].size < _QUIET_BYTES):
+        yield lambda report: None
+        return
+    if not sys.stderr.isatty():
+        done: list[SourceReport] = []
+
+        def print_line(report: SourceReport) -> None:
+            done.append(report)
+            print(
+                f"[{len(done)}/{len(sources)}] {_describe_source(asdict_report(report))}", file=sys.stderr, flush=True
+            )
+
+        yield print_line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("preparing data"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=sum(source.size for source in sources), name="")
+        yield lambda report: bar.update(task, advance=report.bytes, name=report.name)
+
+
+# ---- the account
+
+
+def asdict_report(report: SourceReport) -> dict[str, Any]:
+    """A source's report as nested plain values."""
+    kinds = {
+        kind: {state: getattr(report, f"{kind}_{state}") for state in ("seen", "kept", "rejected")}
+        for kind in ("articles", "questions")
+    }
+    rest = msgspec.to_builtins(report)
+    return {key: value for key, value in rest.items() if not key.startswith(("articles_", "questions_"))} | kinds
+
+
+def _make_report(
+    root: Path, reports: list[SourceReport], ignored: list[tuple[str, str]], started: float
+) -> dict[str, Any]:
+    sources = [asdict_report(report) for report in reports]
+    reasons: dict[str, int] = {}
+    for source in sources:
+        for reason, count in source["reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    formats = list(dict.fromkeys(source["format"] for source in sources))
+    total = {
+        kind: {state: sum(source[kind][state] for source in sources) for state in ("seen", "kept", "rejected")}
+        for kind in ("articles", "questions")
+    }
+    return {
+        "root": "sample" if root == SAMPLE else str(root),
+        "format": formats[0] if len(formats) == 1 else f"mixed: {', '.join(formats)}",
+        **total,
+        "passages": sum(source["passages"] for source in sources),
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        "moved_answers": sum(source["moved_answers"] for source in sources),
+        "wide_answers": sum(source["wide_answers"] for source in sources),
+        "sources": sources,
+        "ignored": [{"name": name, "reason": reason} for name, reason in ignored],
+        "notes": totals.compare_totals(sources),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The account as lines of text: totals, reasons, what was ignored, and each source where there are several."""
+    articles, questions = report["articles"], report["questions"]
+    lines = [
+        f"{report['root']} ({report['format']}, {_count(len(report['sources']), 'file')}): "
+        f"{articles['kept']:,} of {_count(articles['seen'], 'article')}, "
+        f"{questions['kept']:,} of {_count(questions['seen'], 'question')} kept, {_count(report['passages'], 'passage')}"
+    ]
+    lines += [f"  left out {count:,}: {reason}" for reason, count in report["reasons"].items()]
+    if report["moved_answers"]:
+        lines.append(f"  {_count(report['moved_answers'], 'answer')} placed at the only occurrence of the text")
+    if report["wide_answers"]:
+        lines.append(f"  {_count(report['wide_answers'], 'answer')} longer than a passage")
+    lines += [f"  ignored {item['name']}: {item['reason']}" for item in report["ignored"]]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    if len(report["sources"]) > 1:
+        lines += [f"  {_describe_source(source)}" for source in report["sources"]]
+    return "\n".join(lines)
+
+
+def _describe_source(source: dict[str, Any]) -> str:
+    rejected = source["articles"]["rejected"] + source["questions"]["rejected"]
+    return (
+        f"{source['name']}: {_count(source['articles']['kept'], 'article')}, "
+        f"{_count(source['questions']['kept'], 'question')}" + (f", {rejected:,} left out" if rejected else "")
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _check_settings(num_workers: int, max_bad: float) -> None:
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be 0 or more, not {num_workers}")
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad is a share between 0 and 1, not {max_bad}")
+
+
+def _check_report(dataset: Dataset, max_bad: float) -> None:
+    """Raise DataError when too much was rejected, or everything."""
+    report = dataset.report
+    harmless = sum(report["reasons"].get(reason, 0) for reason in _HARMLESS)
+    lost_articles = report["articles"]["rejected"]
+    bad = report["questions"]["rejected"] - harmless + lost_articles
+    seen = report["questions"]["seen"] + lost_articles
+    allowed = max(max_bad * seen, _ALWAYS_TOLERATED if max_bad == DEFAULT_MAX_BAD else 0)
+    if report["questions"]["kept"] and bad <= allowed:
+        return
+    worst = "".join(f"\n  {count:,} x {reason}" for reason, count in list(report["reasons"].items())[:5])
+    listed = (
+        f"{worst}\nfirst: {_read_first_reject(dataset.directory)}\nall: {dataset.directory / 'rejects.jsonl'}"
+        if bad
+        else ""
+    )
+    if not report["questions"]["kept"]:
+        raise DataError(f"no usable question in {report['root']} ({report['questions']['seen']:,} seen){listed}")
+    raise DataError(
+        f"{bad:,} of {seen:,} records of {report['root']} are bad, more than the share of {max_bad:g} allowed "
+        f"(max_bad){listed}"
+    )
+
+
+def _read_first_reject(directory: Path) -> str:
+    with open(directory / "rejects.jsonl", "rb") as file:
+        line = msgspec.json.decode(file.readline() or b"{}")
+    where = [line.get("file", ""), line.get("member", ""), line.get("article", ""), line.get("id", "")]
+    return f"{', '.join(part for part in where if part)}: {line.get('reason', '')}"

@@ -149,9 +149,9 @@ def clean_html_text(text: str) -> str:
     """Readable text of any HTML string, whole page or fragment.
 
     Headings become lines starting with ``## `` (h1, h2) to ``###### ``, list items ``- `` lines, table rows one line
-    with `` | `` between the cells and `` / `` for a break inside one. Head, scripts, styles, comments, table of contents, navigation boxes,
-    edit links and reference marks are left out; entities are decoded once; the result is NFC. Text that is no markup
-    (``a < b``, ``<3``) stays. Any input takes linear time.
+    with `` | `` between the cells and `` / `` for a break inside one. Head, scripts, styles, comments, table of
+    contents, navigation boxes, edit links and reference marks are left out; entities are decoded once; the result is
+    NFC. Text that is no markup (``a < b``, ``<3``) stays. Any input takes linear time.
     """
     return clean_page(text)[0]
 

@@ -1,0 +1,286 @@
+"""One source -> clean articles, passages and questions in Arrow shards: what a loader's worker does."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from koret.data.answers import Unlocated, classify_answer, clean_and_map, find_answer
+from koret.data.keys import normalize_answer, text_key
+from koret.data.korquad import Answer, Article, ArticleReader, Question, Reject
+from koret.data.markup import Span, clean_html_text, normalize_nfc
+from koret.data.passages import Passage, TokenCounter, estimate_tokens, find_gold, make_token_counter, split_article
+from koret.data.sources import Source
+from koret.data.tables import ARTICLES, PASSAGES, QUESTIONS, TableWriter
+
+SHARDS = {"articles": ARTICLES, "passages": PASSAGES, "questions": QUESTIONS}
+LEAST_KNOWN = 2  # characters of a normalised answer that make other passages with it known positives
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What decides how a source becomes rows."""
+
+    page_tokens: int  # budget of passages cut from HTML pages
+    paragraph_tokens: int | None = None  # budget for ready-made paragraphs; None: they stay whole
+    overlap: float = 0.0
+    tokenizer: str | None = None  # path of a tokenizer.json; None: token counts are estimated
+    strict: bool = False
+
+
+class SourceReport(msgspec.Struct):
+    """What became of a source: seen = kept + rejected, for articles and for questions."""
+
+    name: str
+    format: str = ""
+    version: str = ""
+    bytes: int = 0
+    articles_seen: int = 0
+    articles_kept: int = 0
+    articles_rejected: int = 0
+    questions_seen: int = 0
+    questions_kept: int = 0
+    questions_rejected: int = 0
+    reasons: dict[str, int] = {}
+    passages: int = 0
+    moved_answers: int = 0  # found at their only occurrence, because answer_start was wrong or missing
+    wide_answers: int = 0  # no passage holds the whole answer
+    seconds: float = 0.0
+
+
+def shard_path(folder: Path, number: int, table: str) -> Path:
+    suffix = "jsonl" if table == "rejects" else "arrow"
+    return folder / f"{number:05d}.{table}.{suffix}"
+
+
+def prepare_source(source: Source, settings: Settings, folder: Path, number: int) -> SourceReport:
+    """Read ``source`` and write its shards (row numbers count from this shard's start). Raises DataError."""
+    return _Preparation(source, settings, folder, number).run()
+
+
+def open_records(source: Source, strict: bool) -> Iterable[Article | Reject]:
+    """The records of a source of any format, as an object with ``format`` and ``version`` attributes."""
+    if source.format == "json":
+        return ArticleReader(source, strict=strict)
+    from koret.data import formats
+
+    return formats.open_reader(source)
+
+
+class _Preparation:
+    def __init__(self, source: Source, settings: Settings, folder: Path, number: int) -> None:
+        self.source, self.settings, self.folder, self.number = source, settings, folder, number
+        self.report = SourceReport(source.name, bytes=source.size)
+        self.reasons: Counter[str] = Counter()
+        self.count_tokens: TokenCounter = estimate_tokens
+        if settings.tokenizer:
+            self.count_tokens = make_token_counter(settings.tokenizer)
+
+    def run(self) -> SourceReport:
+        started = time.perf_counter()
+        self.tables = {
+            name: TableWriter(shard_path(self.folder, self.number, name), schema) for name, schema in SHARDS.items()
+        }
+        reader = open_records(self.source, self.settings.strict)
+        with open(shard_path(self.folder, self.number, "rejects"), "wb") as self.rejects:
+            for record in reader:
+                self.reject(record) if isinstance(record, Reject) else self.keep(record)
+        for table in self.tables.values():
+            table.close()
+        report = self.report
+        report.format, report.version = reader.format, reader.version
+        report.passages, report.reasons = self.tables["passages"].rows, dict(self.reasons.most_common())
+        report.seconds = round(time.perf_counter() - started, 3)
+        return report
+
+    def reject(self, record: Reject) -> None:
+        report = self.report
+        if record.is_article:
+            report.articles_seen += 1
+            report.articles_rejected += 1
+        lost = record.questions if record.is_article else 1
+        report.questions_seen += lost
+        report.questions_rejected += lost
+        self.reasons[record.reason.partition(":")[0]] += max(lost, 1)
+        path, _, member = record.source.partition("!")
+        line = {
+            "file": path, "member": member, "article": record.article, "position": record.position,
+            "id": record.id, "questions": lost, "reason": record.reason,
+        }  # fmt: skip
+        self.rejects.write(msgspec.json.encode(line) + b"\n")
+
+    def keep(self, article: Article) -> None:
+        report = self.report
+        report.articles_seen += 1
+        report.articles_kept += 1
+        report.questions_seen += len(article.questions)
+        rows = _ArticleRows(article, self.settings, self.count_tokens)
+        first = self.tables["passages"].rows
+        number = self.tables["articles"].append(
+            article.title, article.url, article.source, first, len(rows.passages), rows.characters, article.html
+        )
+        tokens_known = self.settings.tokenizer is not None
+        for passage, key in zip(rows.passages, rows.keys(), strict=True):
+            self.tables["passages"].append(
+                number, passage.heading, passage.text, passage.start, passage.end,
+                passage.tokens if tokens_known else -1, key,
+            )  # fmt: skip
+        for question, placed in rows.place_questions():
+            if isinstance(placed, str):
+                self.reject(Reject(article.source, placed, article.position, article.title, question.id))
+                continue
+            report.questions_kept += 1
+            report.moved_answers += placed.moved
+            report.wide_answers += placed.wide
+            answers = placed.answers
+            self.tables["questions"].append(
+                question.id, question.text, number, answers, placed.kind,
+                [first + i for i in placed.gold], first + placed.best, [first + i for i in placed.known],
+                [first + i for i in placed.negatives], text_key(question.text),
+                text_key(normalize_answer(answers[0])), *placed.span,
+            )  # fmt: skip
+
+
+class _Placed(msgspec.Struct):
+    """A question's answers in clean text and its passages, numbered within the article."""
+
+    answers: list[str]
+    kind: str
+    gold: list[int]
+    best: int
+    known: list[int]
+    negatives: list[int]
+    span: Span
+    moved: int
+    wide: bool
+
+
+class _ArticleRows:
+    """Clean text and passages of one article, and the places of its questions in them."""
+
+    def __init__(self, article: Article, settings: Settings, count_tokens: TokenCounter) -> None:
+        self.article = article
+        self.passages: list[Passage] = []
+        self.groups: list[list[int]] = []  # passage numbers of each context
+        self.characters = 0
+        self.moved: Counter[int] = Counter()  # question number -> answers found elsewhere than said
+        self._normal: list[str] | None = None
+        self._places: dict[tuple[int, int], Span | Unlocated] = {}  # (question, answer) -> where in clean text
+        self._clean: list[str] = []
+        budget = settings.page_tokens if article.html else settings.paragraph_tokens
+        for index, context in enumerate(article.contexts):
+            text = self._clean_context(index, context)
+            self._clean.append(text)
+            self.characters += len(text)
+            made = split_article(
+                article.title,
+                text,
+                html=article.html,
+                budget=budget,
+                count_tokens=count_tokens,
+                overlap=settings.overlap,
+            )
+            self.groups.append(list(range(len(self.passages), len(self.passages) + len(made))))
+            self.passages += made
+        self.own = len(self.passages)  # the rest are hard negatives
+        self._negative_numbers: dict[str, int] = {}
+        for text in dict.fromkeys(text for question in article.questions for text in question.negatives):
+            self._negative_numbers[text] = len(self.passages)
+            self.passages.append(Passage("", text, 0, len(text), count_tokens([text])[0]))
+
+    def keys(self) -> list[int]:
+        return [text_key(passage.text) for passage in self.passages]
+
+    def place_questions(self) -> Iterable[tuple[Question, _Placed | str]]:
+        """Every question with its place, or with the reason why it has none."""
+        for number, question in enumerate(self.article.questions):
+            try:
+                yield question, self._place(number, question)
+            except Unlocated as reason:
+                yield question, str(reason)
+
+    def _clean_context(self, index: int, context: str) -> str:
+        """The clean text of a context; notes where the answers of its questions are in it."""
+        text = context if self.article.html else normalize_nfc(context)
+        wanted: list[tuple[tuple[int, int], Span]] = []
+        for number, question in enumerate(self.article.questions):
+            for i, answer in enumerate(question.answers if question.paragraph == index and not question.whole else ()):
+                try:
+                    span = _find_anywhere(text, context, answer)
+                    self.moved[number] += span[0] != answer.start
+                    wanted.append(((number, i), span))
+                except Unlocated as reason:
+                    self._places[number, i] = reason
+        if not self.article.html:
+            self._places |= {key: _strip(text, *span) for key, span in wanted}
+            return text
+        clean, spans = clean_and_map(text, [span for _, span in wanted])
+        self._places |= {key: span for (key, _), span in zip(wanted, spans, strict=True)}
+        return clean
+
+    def _place(self, number: int, question: Question) -> _Placed:
+        if question.whole:
+            return self._place_whole(question)
+        found = [(i, self._places[number, i]) for i in range(len(question.answers))]
+        spans = [(i, place) for i, place in found if not isinstance(place, Unlocated)]
+        if not spans:
+            raise found[0][1]
+        text, group = self._clean[question.paragraph], self.groups[question.paragraph]
+        if not group:
+            raise Unlocated("the article has no text")
+        answers = list(dict.fromkeys(text[start:stop] for _, (start, stop) in spans))
+        gold, best = find_gold([self.passages[i] for i in group], [span for _, span in spans])
+        gold, best = [group[i] for i in gold], group[best]
+        kind = classify_answer(question.answers[spans[0][0]].text if self.article.html else "", answers[0])
+        known = self._find_known(answers, gold)
+        negatives = self._list_negatives(question, known)
+        start, stop = spans[0][1]
+        wide = not any(self.passages[i].start <= start and stop <= self.passages[i].end for i in gold)
+        return _Placed(answers, kind, gold, best, known, negatives, (start, stop), self.moved[number], wide)
+
+    def _place_whole(self, question: Question) -> _Placed:
+        """A question whose source names passages as answering it, without saying where in them."""
+        gold = sorted({i for context in question.whole for i in self.groups[context]})
+        if not gold:
+            raise Unlocated("the positive is empty")
+        best = self.groups[question.whole[0]]
+        given = [clean_html_text(answer.text) if self.article.html else answer.text for answer in question.answers]
+        answers = [answer for answer in given if answer] or [self._clean[context] for context in question.whole]
+        known = self._find_known(given, gold)
+        negatives = self._list_negatives(question, known)
+        kind = classify_answer("", answers[0])
+        return _Placed(answers, kind, gold, best[0] if best else gold[0], known, negatives, (-1, -1), 0, False)
+
+    def _find_known(self, answers: list[str], gold: list[int]) -> list[int]:
+        """Gold passages and those of the same article that contain an answer's text."""
+        wanted = [normal for normal in map(normalize_answer, answers) if len(normal) >= LEAST_KNOWN]
+        if not wanted or self.own == len(gold):
+            return gold
+        if self._normal is None:
+            self._normal = [normalize_answer(passage.text) for passage in self.passages[: self.own]]
+        holders = {i for i, text in enumerate(self._normal) if any(answer in text for answer in wanted)}
+        return sorted(holders.union(gold))
+
+    def _list_negatives(self, question: Question, known: list[int]) -> list[int]:
+        positive = {self.passages[i].text for i in known}
+        return [self._negative_numbers[text] for text in dict.fromkeys(question.negatives) if text not in positive]
+
+
+def _find_anywhere(text: str, context: str, answer: Answer) -> Span:
+    """``find_answer`` in a context that may have been composed (NFC) since the offsets were counted."""
+    if text is context or text == context:
+        return find_answer(context, answer)
+    start, stop = find_answer(context, answer)
+    return len(normalize_nfc(context[:start])), len(normalize_nfc(context[:stop]))
+
+
+def _strip(text: str, start: int, stop: int) -> Span:
+    """The span without white space at its ends."""
+    while start < stop and text[start].isspace():
+        start += 1
+    while start < stop and text[stop - 1].isspace():
+        stop -= 1
+    return start, stop
