@@ -1,0 +1,414 @@
+"""Whole trainings on a toy: the files they leave, the vectors they save, what stops them and what they refuse."""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+from crashes import read_outcome
+from rich.console import Console
+
+from koret.config import TrainingConfig
+from koret.retrieval.encoder import load_encoder
+from koret.runs import RunBusy, find_runs, lock_run, read_run
+from koret.training.measurements import NumericFault
+from koret.training.resume import SettingsChanged
+from koret.training.signals import StopSignals
+from koret.training.trainer import EmbeddingTrainer
+
+MODEL_FILES = {
+    "1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json",
+    "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json", "training_config.json",
+    "lora_weights/adapter_config.json", "lora_weights/adapter_model.safetensors",
+}  # fmt: skip
+
+
+def train(config, data, console=None, **options):
+    trainer = EmbeddingTrainer(config, dataset=data, console=console or Console(file=io.StringIO()), **options)
+    return trainer, trainer.train()
+
+
+@pytest.fixture
+def trained(make_config, toy_data, silent):
+    trainer, run = train(make_config(), toy_data, silent)
+    return trainer, run, silent.file.getvalue()
+
+
+def test_five_steps_leave_exactly_the_promised_files(trained):
+    _, run, _ = trained
+    found = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
+    events = [name for name in found if name.startswith("events.out.tfevents.")]
+    checkpoints = set()
+    for step in (4, 5):
+        names = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json", "manifest.json")
+        checkpoints |= {f"checkpoints/step-{step:08d}/{name}" for name in names}
+        progress = json.loads((run.path / "checkpoints" / f"step-{step:08d}" / "progress.json").read_text())
+        best = f"checkpoints/best-{progress['best']['step']:08d}"
+        checkpoints |= {f"{best}/weights.safetensors", f"{best}/manifest.json"}
+    assert len(events) == 1
+    assert found - set(events) == checkpoints | {f"model/{name}" for name in MODEL_FILES} | {
+        "metrics.jsonl", "environment.json", "data.json", "status.json", "evaluation/base.json", "evaluation/best.json",
+        "evaluation/final.json", "evaluation/verdict.json",
+    }  # fmt: skip
+    assert run.state == "finished" and run.status["step"] == 5
+
+
+def test_the_promised_numbers_are_recorded_twice(trained):
+    _, run, _ = trained
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    curves = read_outcome(str(run.path.parent))["tensorboard"]
+    names = {name for line in lines for name in line} - {"step", "time"}
+    assert names >= {
+        "train/loss", "train/learning_rate", "train/epoch", "train/pairs_per_second", "train/masked_negatives",
+        "eval/score", "eval/ndcg@10", "eval/map", "eval/recall@10", "eval/mrr@10",
+        "gradients/encoder.layer.0.attention.self.query_weight_norm",
+    }  # fmt: skip
+    for name, points in curves.items():
+        written = [(line["step"], line[name]) for line in lines if name in line]
+        assert [step for step, _ in points] == [step for step, _ in written]
+        assert [v for _, v in points] == pytest.approx([v for _, v in written], rel=1e-6)
+    assert [s for s, _ in curves["train/loss"]] == [1, 2, 3, 4, 5]
+    assert [s for s, _ in curves["eval/score"]] == [0, 2, 4, 5]
+    assert curves["eval/score"] == curves["eval/ndcg@10"]
+
+
+def test_epoch_loss_is_the_mean_of_the_epochs_steps(make_config, toy_data):
+    _, run = train(make_config(num_epochs=2, max_steps=None, save_steps=1000), toy_data)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    epochs = [line["train/epoch_loss"] for line in lines if "train/epoch_loss" in line]
+    half = len(losses) // 2
+    assert epochs == pytest.approx([np.mean(losses[:half]), np.mean(losses[half:])], rel=1e-9)
+
+
+def test_training_learns_the_toy(make_config, toy_data):
+    _, run = train(make_config(num_epochs=30, max_steps=None, learning_rate=2e-2, save_steps=100), toy_data)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert run.final["ndcg@10"] > run.base["ndcg@10"]
+
+
+def test_saved_model_adapter_on_base_and_trainer_give_the_same_vectors(trained, toy_data, tiny_model):
+    from peft import PeftModel
+    from sentence_transformers import SentenceTransformer
+
+    trainer, run, _ = trained
+    texts = toy_data.passages.column("text").to_pylist()[:20]
+    ours = trainer.encoder.encode(texts, "passage")
+    plain = SentenceTransformer(str(run.path / "model"), device="cpu")
+    assert plain.prompts["query"] == "query: " and plain.prompts["passage"] == "passage: "
+    assert plain.max_seq_length == 48
+    base = SentenceTransformer(str(tiny_model), device="cpu")
+    base.max_seq_length = 48
+    untouched = base.encode(texts, prompt="passage: ", normalize_embeddings=True)
+    base[0].model = PeftModel.from_pretrained(base[0].model, str(run.path / "model" / "lora_weights")).eval()
+    adapted = base.encode(texts, prompt="passage: ", normalize_embeddings=True)
+    merged = plain.encode(texts, prompt_name="passage", normalize_embeddings=True)
+    loaded = load_encoder(run.path / "model").encode(texts, "passage")
+    for other in (merged, adapted, loaded):
+        assert np.abs(other - ours).max() < 1e-5
+    assert np.abs(untouched - ours).max() > 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_saved_model_scores_what_the_run_says(make_config, toy_data, precision):
+    trainer, run = train(make_config(precision=precision), toy_data)
+    scores = trainer.job.evaluators[0].score(load_encoder(run.model, precision=precision))
+    assert scores.metrics == pytest.approx(run.final, abs=1e-9)
+    trained_in_memory = trainer.evaluate()
+    assert trained_in_memory["ndcg@10"] == pytest.approx(run.final["ndcg@10"], abs=0.02 if precision == "bf16" else 1e-9)
+
+
+def test_full_fine_tuning_behind_the_same_switch(make_config, toy_data):
+    trainer, run = train(make_config(use_lora=False), toy_data)
+    assert not (run.path / "model" / "lora_weights").exists()
+    texts = ["가나 다라", "마바"]
+    saved, ours = load_encoder(run.model).encode(texts, "query"), trainer.encoder.encode(texts, "query")
+    assert np.abs(saved - ours).max() < 1e-6
+
+
+@pytest.mark.parametrize("positives", ["answer", "both"])
+def test_other_positives_train_and_are_scored_on_both_tasks(make_config, toy_data, positives):
+    _, run = train(make_config(positives=positives), toy_data)
+    lines = (run.path / "metrics.jsonl").read_text()
+    assert '"eval/ndcg@10"' in lines and '"eval_answer/ndcg@10"' in lines
+    assert json.loads((run.path / "evaluation" / "final.json").read_text())["others"][0]["task"] == "question → answer"
+
+
+def test_the_best_model_is_kept_not_the_last(make_config, toy_data):
+    """A rate that ruins the model after the first evaluations: the saved one is the best of those scored."""
+    _, run = train(make_config(num_epochs=4, max_steps=None, learning_rate=0.5, save_steps=4), toy_data)
+    scores = {line["step"]: line["eval/score"] for line in map(json.loads, open(run.path / "metrics.jsonl")) if "eval/score" in line}
+    best = run.status["best"]["step"]
+    assert scores[best] == max(score for step, score in scores.items() if step > 0)
+    assert run.final["ndcg@10"] == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_patience_stops_early(make_config, toy_data, silent):
+    _, run = train(make_config(num_epochs=20, max_steps=None, learning_rate=1.0, save_steps=2, patience=2), toy_data, silent)
+    assert run.state == "finished" and run.status["step"] < run.status["total_steps"]
+    assert "stopped early: 2 evaluations without a better score" in silent.file.getvalue()
+
+
+def test_accumulation_equals_the_mean_of_its_batches(make_config, toy_data, silent):
+    """Two summed batches at one rate: the first update is that of the averaged gradient."""
+    trainer, _ = train(make_config(gradient_accumulation_steps=2, max_steps=1, lora_dropout=0.0), toy_data, silent)
+    assert "which adds no negatives" in silent.file.getvalue()
+    reference = EmbeddingTrainer(trainer.config, dataset=toy_data, console=silent)
+    reference._prepare()
+    step = next(reference.job.schedule.steps_after(0))
+    assert len(step.batches) == 2
+    for rows in step.batches:
+        reference._add_gradients(reference.job.maker.make(rows), share=0.5)
+    reference.optimizer.step(trainer.config.learning_rate, torch.tensor(True))
+    for name, parameter in reference.parameters.items():
+        torch.testing.assert_close(parameter, trainer.parameters[name], rtol=0, atol=0)
+
+
+def test_micro_batches_do_not_change_the_training(make_config, toy_data):
+    whole, chunked = (train(make_config(micro_batch_tokens=n, lora_dropout=0.0), toy_data)[0] for n in (4096, 64))
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parameter, chunked.parameters[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_padded_path_trains_the_same(make_config, toy_data, tiny_model):
+    encoders = [load_encoder(tiny_model, max_seq_length=48, device="cpu") for _ in range(2)]
+    encoders[1].slow_path_reason = "asked for"
+    for module in encoders[1].backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = make_config(lora_dropout=0.0)
+    packed, padded = (train(config, toy_data, encoder=encoder)[0] for encoder in encoders)
+    for name, parameter in packed.parameters.items():
+        torch.testing.assert_close(parameter, padded.parameters[name], rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def poison(trainer, at_step, what):
+    """Make the embeddings, or only the gradient, of one step NaN."""
+    calls, plain = [0], trainer._add_gradients
+
+    def add_gradients(batch, share):
+        calls[0] += 1
+        if calls[0] == at_step and what != "gradient":
+            embed = trainer.encoder.embed
+            trainer.encoder.embed = lambda ids: embed(ids) * {"embedding": math.nan, "inf": math.inf}[what]
+            values = plain(batch, share)
+            trainer.encoder.embed = embed
+            return values
+        values = plain(batch, share)
+        if calls[0] == at_step:
+            next(iter(trainer.parameters.values())).grad[0, 0] = math.nan
+        return values
+
+    trainer._add_gradients = add_gradients
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+@pytest.mark.parametrize("what", ["embedding", "inf", "gradient"])
+def test_a_non_finite_number_stops_the_run_before_it_is_applied(make_config, toy_data, silent, what, log_every):
+    trainer = EmbeddingTrainer(make_config(log_every_n_steps=log_every, save_steps=3), dataset=toy_data, console=silent)
+    trainer._prepare()
+    poison(trainer, at_step=2, what=what)
+    with pytest.raises(NumericFault) as caught:
+        trainer.train()
+    rows = next(trainer.job.schedule.steps_after(1)).batches[0]
+    assert caught.value.step == 2 and caught.value.record_ids == trainer.job.question_ids(rows)
+    assert "step 2" in str(caught.value) and caught.value.record_ids[0] in str(caught.value)
+    run = read_run(trainer.run_dir)
+    assert run.state == "failed" and "step 2" in run.status["reason"] and run.model is None
+    assert all(torch.isfinite(p).all() for p in trainer.parameters.values())
+    assert not re.search(rb"NaN|Infinity", b"".join(p.read_bytes() for p in run.path.rglob("*.json*")))
+    assert not list(run.path.glob("checkpoints/step-*[1-9]"))
+
+
+def test_a_learning_rate_that_blows_up_leaves_no_nan(make_config, toy_data, tiny_model):
+    """Weights driven to infinity are found by the next loss or score, whichever comes first."""
+    trainer = EmbeddingTrainer(make_config(max_steps=20, num_epochs=3), dataset=toy_data, console=Console(file=io.StringIO()))
+    trainer._prepare()
+    plain = trainer.optimizer.step
+    trainer.optimizer.step = lambda rate, finite: plain(1e38, finite)
+    with pytest.raises(NumericFault):
+        trainer.train()
+    for file in trainer.run_dir.rglob("weights.safetensors"):
+        from safetensors.torch import load_file
+
+        assert all(torch.isfinite(t).all() for t in load_file(file).values())
+
+
+def test_scoring_a_broken_model_is_an_error(make_config, toy_data):
+    trainer = EmbeddingTrainer(make_config(), dataset=toy_data, console=Console(file=io.StringIO()))
+    trainer._prepare()
+    with torch.no_grad():
+        next(iter(trainer.parameters.values())).fill_(math.nan)
+    with pytest.raises(NumericFault, match="non-finite"):
+        trainer.evaluate()
+
+
+def test_data_that_cannot_train_is_refused_before_the_model_trains(make_config, tmp_path):
+    few = make_dataset(articles=3, paragraphs=1, questions=2)
+    with pytest.raises(ValueError, match="fewer than one batch of 64"):
+        train(make_config(batch_size=64), few)
+    one = make_dataset(articles=2, paragraphs=1, questions=12)
+    with pytest.raises(ValueError, match="same target"):
+        train(make_config(train_split=0.5), one)
+    assert find_runs(tmp_path / "runs") == []
+
+
+def test_float16_is_for_cuda(make_config, toy_data):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ValueError, match="fp16 trains on CUDA only"):
+        train(make_config(precision="fp16"), toy_data)
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.fixture
+def stopped(make_config, toy_data, silent):
+    """A run stopped by Ctrl-C after its third step."""
+    config = make_config()
+    trainer = EmbeddingTrainer(config, dataset=toy_data, console=silent)
+    plain = EmbeddingTrainer._take_step
+
+    def take_step(step):
+        plain(trainer, step)
+        if step.number == 3:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    trainer._take_step = take_step
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert caught.value.exit_code == 130
+    assert read_run(trainer.run_dir).state == "interrupted" and read_run(trainer.run_dir).status["step"] == 3
+    return trainer.run_dir
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-4}, {"seed": 7}, {"batch_size": 9}, {"gradient_accumulation_steps": 2}, {"scale": 50.0},
+        {"num_epochs": 9}, {"max_steps": 4}, {"lora_r": 2}, {"positives": "answer"}, {"max_seq_length": 32},
+        {"mask_false_negatives": False}, {"save_steps": 3}, {"warmup_steps": 3}, {"weight_decay": 0.5},
+        {"precision": "bf16"}, {"train_split": 0.5}, {"max_samples": 50}, {"patience": 9}, {"use_lora": False},
+        {"micro_batch_tokens": 128}, {"model_name": "offline"},
+    ],
+)  # fmt: skip
+def test_changed_settings_are_refused_by_name(stopped, toy_data, change):
+    with pytest.raises(SettingsChanged, match=next(iter(change))):
+        EmbeddingTrainer.resume(stopped, changes=change, dataset=toy_data)
+
+
+def test_harmless_changes_are_reported_and_change_nothing(stopped, make_config, toy_data, silent):
+    changes = {"num_workers": 3, "log_gradients": False, "save_total_limit": 5}
+    trainer = EmbeddingTrainer.resume(stopped, changes=changes, dataset=toy_data, console=silent)
+    run = trainer.train()
+    said = silent.file.getvalue()
+    assert all(name in said for name in changes) and "goes on after step 3 of 5" in said
+    undisturbed, _ = train(make_config(log_dir=str(stopped.parent.parent / "other")), toy_data)
+    for name, parameter in undisturbed.parameters.items():
+        assert torch.equal(parameter, trainer.parameters[name])
+    assert run.config["save_total_limit"] == 5
+
+
+def test_other_data_and_another_base_are_refused(stopped, toy_data, tiny_model, tmp_path, silent):
+    before = (stopped / "status.json").read_bytes()
+    with pytest.raises(SettingsChanged, match="the data changed"):
+        EmbeddingTrainer.resume(stopped, dataset=make_dataset(seed=1), console=silent).train()
+    other = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    with torch.no_grad():
+        other.backbone.embeddings.LayerNorm.bias[0] += 1e-3
+    with pytest.raises(SettingsChanged, match="the base model changed"):
+        EmbeddingTrainer.resume(stopped, dataset=toy_data, encoder=other, console=silent).train()
+    assert (stopped / "status.json").read_bytes() == before
+
+
+def test_a_finished_run_is_left_untouched(trained, toy_data, silent):
+    _, run, _ = trained
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.path.rglob("*") if p.is_file()}
+    again = EmbeddingTrainer.resume(run.path, dataset=toy_data, console=silent).train()
+    assert again.path == run.path and "already finished" in silent.file.getvalue()
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.path.rglob("*") if p.is_file()} == before
+
+
+def test_a_second_process_is_refused(stopped, toy_data, silent):
+    with lock_run(stopped), pytest.raises(RunBusy, match="in use by another process"):
+        EmbeddingTrainer.resume(stopped, dataset=toy_data, console=silent).train()
+    assert EmbeddingTrainer.resume(stopped, dataset=toy_data, console=silent).train().state == "finished"
+
+
+def test_a_second_signal_leaves_at_once():
+    pid = os.fork()
+    if pid == 0:
+        import signal
+
+        with StopSignals():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+
+
+# ---------------------------------------------------------------- determinism, privacy, terminal
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_lora": False}, {"precision": "bf16"}, {"micro_batch_tokens": 64}])
+def test_the_same_seed_gives_the_same_bits(make_config, toy_data, tmp_path, changes):
+    outcomes = []
+    for name in ("a", "b"):
+        trainer, run = train(make_config(log_dir=str(tmp_path / name), **changes), toy_data)
+        outcomes.append({**{n: p.detach().numpy().tobytes() for n, p in trainer.parameters.items()}, "final": run.final})
+    assert outcomes[0] == outcomes[1]
+    other, _ = train(make_config(log_dir=str(tmp_path / "c"), seed=43, **changes), toy_data)
+    assert any(outcomes[0][n] != p.detach().numpy().tobytes() for n, p in other.parameters.items())
+
+
+def test_nothing_in_a_run_tells_secrets_or_where_it_ran(make_config, toy_data, tmp_path, monkeypatch):
+    token = "hf_planted0Token1For2Test3"
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("SOME_API_KEY", "another-planted-secret")
+    monkeypatch.setattr(sys, "argv", ["koret", "train", "--hub-token", token, "--api-key=another-planted-secret"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, run = train(make_config(), toy_data)
+    content = b"".join(p.read_bytes() for p in run.path.rglob("*") if p.is_file())
+    for secret in (token, "another-planted-secret", str(tmp_path)):
+        assert secret.encode() not in content
+    pickled = [p for p in run.path.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert pickled == [] and b"torch._utils" not in content
+
+
+def test_plain_lines_when_piped_a_bar_on_a_terminal_and_quiet_on_request(make_config, toy_data):
+    piped, terminal, quiet = (Console(file=io.StringIO(), force_terminal=t, width=120) for t in (False, True, False))
+    train(make_config(), toy_data, piped)
+    train(make_config(), toy_data, terminal)
+    train(make_config(), toy_data, quiet, progress=False)
+    assert re.search(r"step 5/5  loss \d\.\d+  [\d,.]+ pairs/s  \d:\d\d left", piped.file.getvalue())
+    assert "\x1b[" not in piped.file.getvalue()
+    assert "\x1b[" in terminal.file.getvalue() and "5/5" in terminal.file.getvalue()
+    assert "pairs/s" not in quiet.file.getvalue() and "not distinguishable" in quiet.file.getvalue()
+
+
+def test_every_setting_as_used_is_saved(trained):
+    trainer, run, _ = trained
+    saved = json.loads((run.path / "model" / "training_config.json").read_text())
+    assert set(saved) == set(trainer.config.to_dict())
+    assert {**saved, "model_name": 0, "log_dir": 0} == {**trainer.config.to_dict(), "model_name": 0, "log_dir": 0}
+    assert TrainingConfig(**saved)
+
+
+def test_importing_the_trainer_does_not_start_anything():
+    code = "import koret.training.trainer, signal; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
