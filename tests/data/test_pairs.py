@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from koret.data.keys import normalize_answer, text_key
-from koret.data.loader import ARTICLES, PASSAGES, QUESTIONS, Dataset
+from koret.data.loader import Dataset
 from koret.data.pairs import assert_no_leak, build_pairs, count_leaks, known_mask, split_articles
 from koret.data.passages import join_heading
+from koret.data.tables import ARTICLES, PASSAGES, QUESTIONS
 
 
 def make_dataset(titles, passages, questions):
