@@ -42,6 +42,7 @@ class Article(msgspec.Struct, frozen=True, gc=False):
     """One article: HTML pages have one context, SQuAD-style articles one per paragraph.
 
     ``html`` says whether the contexts are markup (KorQuAD 2.x) or plain text.
+    ``is_clean`` marks a page that is cut like one but needs no cleaning (Markdown, plain documents).
     ``source`` names the file (and zip member) and ``position`` the record inside it, for messages and rejects.
     """
 
@@ -52,6 +53,7 @@ class Article(msgspec.Struct, frozen=True, gc=False):
     url: str = ""
     source: str = ""
     position: int = 0
+    is_clean: bool = False
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):
@@ -105,6 +107,11 @@ _decode_question = msgspec.json.Decoder(_Question, strict=False).decode
 UNANSWERABLE = "unanswerable"
 _MARKUP = re.compile(r"<(?:!doctype|html|body|div|p|table|tr|td|ul|ol|li|h[1-6]|a|b|span|br)\b[^<>]*>", re.I)
 _FARTHEST_ARTICLE = 64 << 20  # bytes to look ahead for the start of the next article
+
+
+def looks_like_html(text: str) -> bool:
+    """Whether a text has the tags of a page."""
+    return _MARKUP.search(text) is not None
 
 
 def read_articles(
@@ -271,7 +278,7 @@ class ArticleReader:
             title=title,
             contexts=(page,) if page is not None else (),
             questions=tuple(q for q in read if isinstance(q, Question)),
-            html=page is not None and _MARKUP.search(page) is not None,
+            html=page is not None and looks_like_html(page),
             url=url,
             source=self.source.name,
             position=self._count,
@@ -301,7 +308,7 @@ class ArticleReader:
         answers = given if isinstance(given, list) else [given] if given is not None else []
         answers = [Answer(a, -1) if isinstance(a, str) else Answer(a.text, a.answer_start) for a in answers]
         answers = [answer for answer in dict.fromkeys(answers) if answer.text.strip()]
-        identity = str(question.id) if question.id != "" else f"{self._count}-{number}"
+        identity = str(question.id) if question.id != "" else f"{self.source.name}:{self._count}-{number}"
         if question.is_impossible:
             return self._reject(UNANSWERABLE, article=title, id=identity)
         if not question.question.strip():

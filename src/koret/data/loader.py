@@ -205,7 +205,7 @@ def _show_progress(sources: Sequence[Source], progress: bool):
         def print_line(report: SourceReport) -> None:
             done.append(report)
             print(
-                f"[{len(done)}/{len(sources)}] {_describe_source(asdict_report(report))}", file=sys.stderr, flush=True
+                f"[{len(done)}/{len(sources)}] {_describe_source(report_source(report))}", file=sys.stderr, flush=True
             )
 
         yield print_line
@@ -228,7 +228,7 @@ def _show_progress(sources: Sequence[Source], progress: bool):
 # ---- the account
 
 
-def asdict_report(report: SourceReport) -> dict[str, Any]:
+def report_source(report: SourceReport) -> dict[str, Any]:
     """A source's report as nested plain values."""
     kinds = {
         kind: {state: getattr(report, f"{kind}_{state}") for state in ("seen", "kept", "rejected")}
@@ -241,7 +241,7 @@ def asdict_report(report: SourceReport) -> dict[str, Any]:
 def _make_report(
     root: Path, reports: list[SourceReport], ignored: list[tuple[str, str]], started: float
 ) -> dict[str, Any]:
-    sources = [asdict_report(report) for report in reports]
+    sources = [report_source(report) for report in reports]
     reasons: dict[str, int] = {}
     for source in sources:
         for reason, count in source["reasons"].items():
@@ -272,7 +272,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         f"{report['root']} ({report['format']}, {_count(len(report['sources']), 'file')}): "
         f"{articles['kept']:,} of {_count(articles['seen'], 'article')}, "
-        f"{questions['kept']:,} of {_count(questions['seen'], 'question')} kept, {_count(report['passages'], 'passage')}"
+        f"{questions['kept']:,} of {_count(questions['seen'], 'question')} kept, "
+        f"{_count(report['passages'], 'passage')}"
     ]
     lines += [f"  left out {count:,}: {reason}" for reason, count in report["reasons"].items()]
     if report["moved_answers"]:

@@ -204,7 +204,8 @@ class _ArticleRows:
 
     def _clean_context(self, index: int, context: str) -> str:
         """The clean text of a context; notes where the answers of its questions are in it."""
-        text = context if self.article.html else normalize_nfc(context)
+        is_markup = self.article.html and not self.article.is_clean
+        text = context if is_markup else normalize_nfc(context)
         wanted: list[tuple[tuple[int, int], Span]] = []
         for number, question in enumerate(self.article.questions):
             for i, answer in enumerate(question.answers if question.paragraph == index and not question.whole else ()):
@@ -214,7 +215,7 @@ class _ArticleRows:
                     wanted.append(((number, i), span))
                 except Unlocated as reason:
                     self._places[number, i] = reason
-        if not self.article.html:
+        if not is_markup:
             self._places |= {key: _strip(text, *span) for key, span in wanted}
             return text
         clean, spans = clean_and_map(text, [span for _, span in wanted])

@@ -1,0 +1,363 @@
+"""Your own data: pairs as JSONL, CSV or Parquet, BEIR folders, and documents with questions apart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from koret.data.korquad import Answer, Article, Question, Reject, looks_like_html
+from koret.data.sources import DOCUMENT_SUFFIXES, DataError, Source, natural_key, open_source
+
+# The names a field goes by; the first is the one the documentation uses.
+QUERY = ("query", "question", "anchor")
+POSITIVE = ("positive", "positives", "pos", "passage", "context")
+NEGATIVE = ("negatives", "negative", "neg")
+ANSWER = ("answer", "answers")
+ARTICLE = ("article", "title")
+FIELDS = ("id", "url", *QUERY, *POSITIVE, *NEGATIVE, *ANSWER, *ARTICLE)
+
+Numbered = tuple[int, "dict[str, Any] | str"]  # line or row number, and the record or what is wrong with it
+
+
+def open_reader(source: Source) -> PairReader:
+    """The reader for a source that is no KorQuAD or SQuAD JSON."""
+    readers = {"jsonl": JsonLinesReader, "table": TableReader, "beir": BeirReader, "documents": DocumentReader}
+    return readers[source.format](source)
+
+
+class PairReader:
+    """Records of (query, positive) as articles.
+
+    Rows that name the same ``article`` (or ``title``) become one article; without a name, rows with the same positive
+    do. So one file is held in memory. A row that cannot be used is a Reject with its number as position.
+    """
+
+    format, version = "pairs", ""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Article | Reject]:
+        groups: dict[object, _Group] = {}
+        for number, record in self.read_records():
+            try:
+                pair = _read_pair(record, f"{self.source.name}:{number}")
+            except ValueError as error:
+                yield self.reject(number, str(error), str(record.get("id", "")) if isinstance(record, dict) else "")
+                continue
+            key = ("article", pair.article) if pair.article else ("positive", pair.positives[0])
+            groups.setdefault(key, _Group(pair.article, pair.url, number)).add(pair)
+        for group in groups.values():
+            yield group.make_article(self.source.name)
+
+    def read_records(self) -> Iterable[Numbered]:
+        raise NotImplementedError
+
+    def reject(self, number: int, reason: str, identity: str = "") -> Reject:
+        return Reject(self.source.name, reason, number, id=identity)
+
+
+class _Pair(msgspec.Struct):
+    id: str
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    answers: list[Answer]
+    article: str
+    url: str
+
+
+class _Group:
+    """The rows that make up one article."""
+
+    def __init__(self, title: str, url: str, number: int) -> None:
+        self.title, self.url, self.number = title, url, number
+        self.contexts: dict[str, int] = {}
+        self.questions: list[Question] = []
+
+    def add(self, pair: _Pair) -> None:
+        where = tuple(self.contexts.setdefault(text, len(self.contexts)) for text in pair.positives)
+        located = len(where) == 1 and any(a.start >= 0 or pair.positives[0].count(a.text) == 1 for a in pair.answers)
+        self.questions.append(
+            Question(
+                id=pair.id,
+                text=pair.query,
+                answers=tuple(pair.answers),
+                paragraph=where[0],
+                negatives=tuple(text for text in pair.negatives if text not in pair.positives),
+                whole=() if located else where,
+            )
+        )
+
+    def make_article(self, source: str) -> Article:
+        html = any(looks_like_html(text) for text in self.contexts)
+        return Article(
+            self.title, tuple(self.contexts), tuple(self.questions), html, self.url, source, self.number
+        )  # fmt: skip
+
+
+def _read_pair(record: dict[str, Any] | str, place: str) -> _Pair:
+    """A row as a pair; ``place`` is its id where it has none. Raises ValueError saying what is missing or of the wrong type."""
+    if isinstance(record, str):
+        raise ValueError(record)
+    query = _pick(record, QUERY)
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"no text under '{QUERY[0]}'")
+    positives = _list_texts(_pick(record, POSITIVE), POSITIVE[0])
+    if not positives:
+        raise ValueError(f"no text under '{POSITIVE[0]}'")
+    identity, article = record.get("id"), _pick(record, ARTICLE)
+    return _Pair(
+        id=str(place if identity in (None, "") else identity),
+        query=query.strip(),
+        positives=positives,
+        negatives=_list_texts(_pick(record, NEGATIVE), NEGATIVE[0]),
+        answers=_list_answers(_pick(record, ANSWER)),
+        article="" if article is None else str(article).strip(),
+        url=str(record.get("url") or ""),
+    )
+
+
+def _pick(record: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((record[name] for name in names if record.get(name) not in (None, "", [])), None)
+
+
+def _list_texts(value: Any, name: str) -> list[str]:
+    if isinstance(value, str) and value.startswith('["') and value.endswith('"]'):  # a list in a CSV cell
+        value = _parse_or_keep(value)
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"'{name}' must be text or a list of texts")
+    return list(dict.fromkeys(item for item in items if item.strip()))
+
+
+def _list_answers(value: Any) -> list[Answer]:
+    """Answers as text, as {"text", "answer_start"}, as a list of either, or as a dict of two lists."""
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        value = _parse_or_keep(value)
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        starts = value.get("answer_start") or [-1] * len(value["text"])
+        value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=False)]
+    answers = []
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        text, start = (item.get("text"), item.get("answer_start", -1)) if isinstance(item, dict) else (item, -1)
+        if not isinstance(text, str):
+            raise ValueError(f"'{ANSWER[0]}' must be text or {{'text', 'answer_start'}}")
+        if text.strip():
+            answers.append(Answer(text, start if isinstance(start, int) else -1))
+    return answers
+
+
+def _parse_or_keep(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+class JsonLinesReader(PairReader):
+    """One JSON object a line."""
+
+    format = "JSONL pairs"
+
+    def read_records(self) -> Iterable[Numbered]:
+        with open_source(self.source) as file:
+            yield from read_json_lines(file, self.source.name)
+
+
+def read_json_lines(file: Any, name: str) -> Iterator[Numbered]:
+    """(line number, object or what is wrong) for every line that is not blank. Raises DataError on other encodings."""
+    lines = file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file)
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DataError(f"{name} is UTF-16 text: save it as UTF-8")
+        if not line.strip():
+            continue
+        try:
+            record = msgspec.json.decode(line)
+        except RecursionError:
+            record = "nested too deeply"
+        except ValueError as error:
+            record = f"not valid JSON: {error}"
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                raise DataError(f"{name} is not UTF-8 (line {number:,}): convert it, for example from CP949") from None
+        yield number, record if isinstance(record, (dict, str)) else "not a JSON object"
+
+
+class TableReader(PairReader):
+    """CSV, TSV or Parquet with named columns."""
+
+    @property
+    def format(self) -> str:
+        return {".csv": "CSV pairs", ".tsv": "TSV pairs", ".parquet": "Parquet pairs"}[self.source.path.suffix.lower()]
+
+    def read_records(self) -> Iterable[Numbered]:
+        yield from self._read_parquet() if self.source.path.suffix.lower() == ".parquet" else self._read_csv()
+
+    def _read_csv(self) -> Iterable[Numbered]:
+        delimiter = "\t" if self.source.path.suffix.lower() == ".tsv" else ","
+        csv.field_size_limit(1 << 30)
+        try:
+            with open(self.source.path, encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file, delimiter=delimiter, restkey="")
+                self._check_columns(rows.fieldnames or [])
+                for row in rows:
+                    yield rows.line_num, row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.source.name} is not UTF-8 ({error.reason}): save it as CSV UTF-8") from None
+        except csv.Error as error:
+            raise DataError(f"{self.source.name} is not a readable table: {error}") from None
+
+    def _read_parquet(self) -> Iterable[Numbered]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.source.path) as table:
+                self._check_columns(table.schema_arrow.names)
+                columns = [name for name in table.schema_arrow.names if name in FIELDS]
+                number = 0
+                for batch in table.iter_batches(1000, columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.source.name} is no readable Parquet file: {error}") from None
+
+    def _check_columns(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for wanted in (QUERY, POSITIVE):
+            if not set(wanted).intersection(names):
+                raise DataError(
+                    f"{self.source.name} needs a column named {' or '.join(wanted)}; "
+                    f"it has {', '.join(names) or 'none'}"
+                )
+
+
+class BeirReader(PairReader):
+    """A BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv.
+
+    Documents that answer the same query form one article, so that a split by article keeps them together.
+    """
+
+    format = "BEIR"
+
+    def __iter__(self) -> Iterator[Article | Reject]:
+        documents: dict[str, tuple[str, str]] = {}
+        for number, record in self._read("corpus.jsonl"):
+            if isinstance(record, str) or not isinstance(record.get("text"), str) or "_id" not in record:
+                yield self.reject(number, "corpus.jsonl: no '_id' and 'text'")
+                continue
+            title = str(record.get("title") or "").strip()
+            documents[str(record["_id"])] = title, f"{title}\n{record['text']}" if title else record["text"]
+        relevant = self._read_relevant()
+        owner = {document: document for document in documents}
+        asked: dict[str, list[tuple[str, str, list[str]]]] = {}
+        for number, record in self._read("queries.jsonl"):
+            identity = "" if isinstance(record, str) else str(record.get("_id", ""))
+            text = "" if isinstance(record, str) else record.get("text")
+            found = [document for document in relevant.get(identity, ()) if document in documents]
+            if not isinstance(text, str) or not text.strip() or not found:
+                reason = "no relevant document in the corpus" if text else "queries.jsonl: no '_id' and 'text'"
+                yield self.reject(number, reason, identity)
+                continue
+            root = _find_root(owner, found[0])
+            for document in found[1:]:
+                owner[_find_root(owner, document)] = root
+            asked.setdefault(found[0], []).append((identity, text.strip(), found))
+        groups: dict[str, list[str]] = {}
+        for document in documents:
+            groups.setdefault(_find_root(owner, document), []).append(document)
+        for position, members in enumerate(groups.values()):
+            yield self._make_article(position, members, documents, asked)
+
+    def _make_article(self, position: int, members: list[str], documents: dict, asked: dict) -> Article:
+        place = {document: i for i, document in enumerate(members)}
+        questions = [
+            Question(identity, text, (), whole=tuple(place[document] for document in found))
+            for document in members
+            for identity, text, found in asked.get(document, ())
+        ]
+        contexts = tuple(documents[document][1] for document in members)
+        title = documents[members[0]][0]
+        return Article(title, contexts, tuple(questions), False, source=self.source.name, position=position)
+
+    def _read(self, name: str) -> Iterator[Numbered]:
+        with open(self.source.path / name, "rb") as file:
+            yield from read_json_lines(file, f"{self.source.name}/{name}")
+
+    def _read_relevant(self) -> dict[str, list[str]]:
+        relevant: dict[str, list[str]] = {}
+        for path in sorted((self.source.path / "qrels").glob("*.tsv")):
+            for line in path.read_text(encoding="utf-8-sig").splitlines():
+                parts = line.split("\t")
+                if len(parts) >= 3 and re.fullmatch(r"-?\d+(\.\d+)?", parts[-1].strip()) and float(parts[-1]) > 0:
+                    relevant.setdefault(parts[0], []).append(parts[-2])
+        if not relevant:
+            raise DataError(f"{self.source.name}/qrels holds no .tsv with lines of query-id, corpus-id, score")
+        return {query: list(dict.fromkeys(found)) for query, found in relevant.items()}
+
+
+def _find_root(owner: dict[str, str], document: str) -> str:
+    while owner[document] != document:
+        owner[document] = owner[owner[document]]
+        document = owner[document]
+    return document
+
+
+class DocumentReader(PairReader):
+    """A folder of HTML, Markdown or text files, and questions.jsonl with "question", "file" and maybe "answer"."""
+
+    format = "documents"
+
+    def __iter__(self) -> Iterator[Article | Reject]:
+        root = self.source.path
+        files = sorted((p for p in root.rglob("*") if p.suffix.lower() in DOCUMENT_SUFFIXES), key=lambda p: str(p))
+        names = {path.relative_to(root).as_posix(): path for path in sorted(files, key=lambda p: natural_key(str(p)))}
+        asked: dict[str, list[Question]] = {}
+        with open(root / "questions.jsonl", "rb") as file:
+            for number, record in read_json_lines(file, f"{self.source.name}/questions.jsonl"):
+                try:
+                    name, question = _read_question(record, f"{self.source.name}:{number}", names)
+                except ValueError as error:
+                    yield self.reject(number, str(error))
+                    continue
+                asked.setdefault(name, []).append(question)
+        for position, (name, path) in enumerate(names.items()):
+            yield self._make_article(position, name, path, tuple(asked.get(name, ())))
+
+    def _make_article(self, position: int, name: str, path: Path, questions: tuple[Question, ...]) -> Article:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it") from None
+        is_html = path.suffix.lower() in (".html", ".htm")
+        titled = re.search(r"<title>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE)
+        if not is_html:
+            text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
+        title = titled[1].strip() if titled else path.stem
+        return Article(title, (text,), questions, True, name, self.source.name, position, is_clean=not is_html)
+
+
+def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Path]) -> tuple[str, Question]:
+    if isinstance(record, str):
+        raise ValueError(record)
+    query, name = _pick(record, QUERY), record.get("file")
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"no text under '{QUERY[1]}'")
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"no document named {name!r}: 'file' is a path inside the folder")
+    answers = tuple(_list_answers(_pick(record, ANSWER)))
+    identity = str(record.get("id", place))
+    return name, Question(identity, query.strip(), answers, whole=() if answers else (0,))
