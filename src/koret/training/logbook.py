@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 METRICS = "metrics.jsonl"
+PIPED_WIDTH = 110  # columns, where nobody says how wide the paper is: the closing table needs 100
 
 
 class Logbook:
@@ -91,8 +93,8 @@ class Terminal:
     """What a person sees of a training: a progress bar on a terminal, plain lines when piped."""
 
     def __init__(self, console: Console | None = None, progress: bool = True) -> None:
-        self.console = console or Console(highlight=False)
-        self._progress = progress
+        self.console = console or Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        self.progress = progress
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
@@ -102,7 +104,7 @@ class Terminal:
     def start(self, step: int, total: int) -> None:
         """Begin to show training at ``step`` of ``total``."""
         self._total, self._began, self._first = total, time.monotonic(), step
-        if self._progress and self.console.is_terminal:
+        if self.progress and self.console.is_terminal:
             columns = ("training", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("training", total=total, completed=step, note="")
@@ -118,7 +120,7 @@ class Terminal:
         note = f"loss {loss:.4f}  {pairs_per_second:,.1f} pairs/s  {_format_time(pace * (self._total - step))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
-        elif self._progress:
+        elif self.progress:
             self.say(f"step {step}/{self._total}  {note}")
 
     def stop(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from koret.config import TrainingConfig
-from koret.data.loader import Dataset
+from koret.data.loader import Dataset, find_cache_dir, load_dataset
 from koret.data.pairs import PairTable, assert_no_leak, build_pairs, split_articles
 from koret.evaluation.evaluator import Evaluator
 from koret.evaluation.tasks import build_held_out_tasks
@@ -23,6 +23,8 @@ class Job:
     """What a run trains on and is scored on."""
 
     dataset: Dataset
+    train: np.ndarray  # rows of the articles trained on
+    held_out: np.ndarray  # rows of the articles asked about
     pairs: PairTable
     schedule: Schedule
     maker: BatchMaker
@@ -89,12 +91,22 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
         "loading": dataset.report,
     }
     maker = BatchMaker(pairs, queries, targets, config.mask_false_negatives)
-    return Job(dataset, pairs, schedule, maker, [Evaluator(task) for task in tasks], scrub(report))
+    evaluators = [Evaluator(task) for task in tasks]
+    return Job(dataset, train, held_out, pairs, schedule, maker, evaluators, scrub(report))
 
 
-def load_data(config: TrainingConfig, encoder: TextEncoder, console: Any) -> Dataset:
-    """The data set the settings name, read and prepared, or taken from the cache."""
-    raise NotImplementedError
+def load_data(config: TrainingConfig, encoder: TextEncoder, progress: bool) -> Dataset:
+    """The data set the settings name, prepared or from the cache; pages are cut into passages by the model's tokens."""
+    tokenizer = encoder.export_tokenizer(find_cache_dir(config.cache_dir) / "tokenizers")
+    return load_dataset(
+        config.dataset_root,
+        tokenizer=tokenizer,
+        passage_tokens=config.passage_tokens,
+        max_seq_length=config.max_seq_length,
+        num_workers=config.num_workers,
+        cache_dir=config.cache_dir,
+        progress=progress,
+    )
 
 
 def _require_enough(pairs: PairTable, config: TrainingConfig) -> None:

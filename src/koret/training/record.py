@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from koret.config import TrainingConfig
-from koret.evaluation.scores import Scores, Verdict
+from koret.evaluation.outputs import save_report
+from koret.evaluation.report import EvaluationReport
+from koret.evaluation.scores import Scores
 from koret.files import remove_leftovers, stage_folder, write_json
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
@@ -32,7 +34,7 @@ class Progress:
 
     step: int = 0  # optimizer steps taken
     evaluated: int | None = None  # the step whose model was scored last
-    best: dict[str, Any] | None = None  # step, key (what decides) and metrics of the best model
+    best: dict[str, Any] | None = None  # step and deciding metrics of the best model
     stale: int = 0  # evaluations since the best one
     files: dict[str, int] = field(default_factory=dict)  # how long each file of the logbook is
 
@@ -108,13 +110,22 @@ class RunRecord:
 
     def write_scores(self, name: str, step: int, scores: list[Scores]) -> None:
         tasks = [evaluator.task for evaluator in self.job.evaluators]
-        scorebook.write_scores(self.path / "evaluation" / f"{name}.json", step, scores, tasks)
+        scorebook.write_scores(self.path / "evaluation", name, step, scores, tasks)
 
-    def read_scores(self, name: str) -> Scores:
-        return scorebook.read_scores(self.path / "evaluation" / f"{name}.json")
+    def read_scores(self, name: str) -> list[Scores]:
+        return scorebook.read_scores(self.path / "evaluation", name)
 
-    def write_verdict(self, verdict: Verdict) -> None:
-        write_json(self.path / "evaluation" / "verdict.json", verdict.to_dict())
+    def write_report(self, report: EvaluationReport) -> None:
+        """The whole comparison, and verdict.json with what it comes to."""
+        save_report(report, self.path / "evaluation", figures=False)
+        first = report.sections[0]
+        verdict = {
+            **first.verdict.to_dict(),
+            "conclusion": report.conclusion,
+            "against_bm25": first.lexical.to_dict() if first.lexical else None,
+            "clean": report.audit.clean if report.audit else None,
+        }
+        write_json(self.path / "evaluation" / "verdict.json", verdict)
 
     def write_status(self, state: str, at: Progress, reason: str | None = None) -> None:
         status = {
@@ -129,7 +140,7 @@ class RunRecord:
 
     # ------------------------------------------------------------ end
 
-    def publish_model(self, merged: TextEncoder, trained: TextEncoder, verdict: Verdict) -> None:
+    def publish_model(self, merged: TextEncoder, trained: TextEncoder) -> None:
         """``model/`` in one rename: merged weights, settings, and the adapters in ``lora_weights``."""
         with stage_folder(self.path / "model") as folder:
             merged.save(folder)

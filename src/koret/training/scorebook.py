@@ -1,4 +1,4 @@
-"""The ``evaluation`` folder of a run: what each model scored, question by question."""
+"""The ``evaluation`` folder of a run: what the base and the tuned model scored, and what that comes to."""
 
 from __future__ import annotations
 
@@ -6,32 +6,63 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
+from safetensors.numpy import save as dump_arrays
 
+from koret.evaluation.audit import audit_overlap, take_evaluated, take_training
 from koret.evaluation.metrics import PRIMARY, mark_hits
+from koret.evaluation.report import EvaluationReport, build_section
 from koret.evaluation.scores import Scores
 from koret.evaluation.tasks import RetrievalTask
-from koret.files import write_json
+from koret.files import write_file, write_json
+from koret.training.preparation import Job
 
 
-def write_scores(path: Path, step: int, scores: list[Scores], tasks: list[RetrievalTask]) -> None:
-    """One model's scores; per question the deciding metrics and the rank of its first right text (null: not found)."""
+def write_scores(folder: Path, name: str, step: int, scores: list[Scores], tasks: list[RetrievalTask]) -> None:
+    """``<name>.json``: per question the deciding metrics and the rank of its first right text (null: not found).
+
+    The rankings behind them go to ``<name>.safetensors``, so that they need not be made again.
+    """
+    arrays = {}
+    for number, one in enumerate(scores):
+        arrays |= {f"{number}/rankings": one.rankings.astype(np.int32), f"{number}/similarities": one.similarities}
+        arrays |= {f"{number}/metric/{metric}": values for metric, values in one.per_query.items()}
+    write_file(folder / f"{name}.safetensors", dump_arrays(arrays))
     first, *others = [_describe(s, t) for s, t in zip(scores, tasks, strict=True)]
-    write_json(path, {"step": step, **first, "others": others})
+    write_json(folder / f"{name}.json", {"step": step, **first, "others": others})
 
 
 def _describe(scores: Scores, task: RetrievalTask) -> dict:
     hits = mark_hits(scores.rankings, task.relevant)[0]
     ranks = [int(row.argmax()) + 1 if row.any() else None for row in hits]
     return {
-        **{key: value for key, value in scores.to_dict().items() if key != "seconds"},
+        "system": scores.system,
+        "task": scores.task,
+        "metrics": scores.metrics,
         "per_query": {"id": task.query_ids, "rank": ranks}
-        | {name: [float(v) for v in scores.per_query[name]] for name in PRIMARY},
+        | {metric: [float(v) for v in scores.per_query[metric]] for metric in PRIMARY},
     }
 
 
-def read_scores(path: Path) -> Scores:
-    """The deciding metrics of every question as written by ``write_scores``, without rankings."""
-    record = json.loads(path.read_bytes())
-    values = {name: np.array(record["per_query"][name]) for name in PRIMARY}
-    empty = np.zeros((len(record["per_query"]["id"]), 0))
-    return Scores(record["system"], record["task"], values, empty.astype(np.int64), empty)
+def read_scores(folder: Path, name: str) -> list[Scores]:
+    """What ``write_scores`` wrote."""
+    record, arrays = json.loads((folder / f"{name}.json").read_bytes()), load_file(folder / f"{name}.safetensors")
+    scores = []
+    for number, one in enumerate([record, *record["others"]]):
+        start = f"{number}/metric/"
+        values = {key[len(start) :]: array for key, array in arrays.items() if key.startswith(start)}
+        rankings, similarities = arrays[f"{number}/rankings"].astype(np.int64), arrays[f"{number}/similarities"]
+        scores.append(Scores(one["system"], one["task"], values, rankings, similarities))
+    return scores
+
+
+def conclude(job: Job, model_name: str, base: list[Scores], tuned: list[Scores]) -> EvaluationReport:
+    """Base, tuned and BM25 on the same questions, the paired verdicts, and whether training has seen any of it."""
+    sections = [
+        build_section(evaluator.task, after, before, [evaluator.score_lexical()])
+        for evaluator, before, after in zip(job.evaluators, base, tuned, strict=True)
+    ]
+    audit = audit_overlap(
+        take_training(job.dataset, job.train, "the training articles"), [take_evaluated(job.dataset, job.held_out)]
+    )
+    return EvaluationReport("tuned", model_name, job.report, sections, audit=audit)

@@ -13,7 +13,9 @@ from rich.console import Console
 
 from koret.config import TrainingConfig
 from koret.data.loader import Dataset
-from koret.evaluation.scores import Scores, Verdict, judge
+from koret.evaluation.metrics import PRIMARY
+from koret.evaluation.scores import Scores
+from koret.evaluation.tables import format_report
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.runs import Run, create_run, lock_run, read_run
 from koret.training.batches import Batch, Step, cut_micro_batches
@@ -29,6 +31,7 @@ from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learn
 from koret.training.preparation import Job, load_data, prepare_job, require_source
 from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
+from koret.training.scorebook import conclude
 from koret.training.signals import Interrupted, StopSignals
 
 
@@ -191,7 +194,7 @@ class EmbeddingTrainer:
         )
         if self.encoder.precision == "fp16" and self.encoder.device.type != "cuda":
             raise ValueError("precision: fp16 trains on CUDA only; use bf16, fp32 or auto here")
-        dataset = self._dataset or load_data(config, self.encoder, self.terminal.console)
+        dataset = self._dataset or load_data(config, self.encoder, self.terminal.progress)
         self.job = prepare_job(config, self.encoder, dataset)
         self.model_fingerprint = self.encoder.fingerprint()
         seed_everything(config.seed)
@@ -297,14 +300,14 @@ class EmbeddingTrainer:
             scores = self._score("base" if self.at.step == 0 else "tuned")
         first = scores[0]
         self.record.logbook.record(self.at.step, name_metrics(scores))
-        shown = ", ".join(f"{name} {first.metrics[name]:.4f}" for name in ("ndcg@10", "map", "recall@10", "mrr@10"))
-        key = list(first.sort_key)
+        deciding = dict(zip(PRIMARY, first.sort_key, strict=True))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in deciding.items())
         if self.at.step == 0:
             self.record.write_scores("base", 0, scores)
-        elif self.at.best is None or key > self.at.best["key"]:
+        elif self.at.best is None or first.sort_key > tuple(self.at.best["metrics"][name] for name in PRIMARY):
             self.record.checkpoints.save_best(self.at.step, copy_to_cpu(self.parameters))
             self.record.write_scores("best", self.at.step, scores)
-            self.at.best, self.at.stale = {"step": self.at.step, "key": key, "metrics": first.metrics}, 0
+            self.at.best, self.at.stale = {"step": self.at.step, "metrics": deciding}, 0
             shown += ", the best so far"
         else:
             self.at.stale += 1
@@ -337,17 +340,14 @@ class EmbeddingTrainer:
         merged = merge_lora(self.encoder) if self.config.use_lora else self.encoder
         with stop.at_once():
             scores = self._score("tuned", merged)
-        verdict = self._judge(scores[0])
+            report = conclude(self.job, self.config.model_name, self.record.read_scores("base"), scores)
         self.record.write_scores("final", best, scores)
-        self.record.write_verdict(verdict)
-        self.record.publish_model(merged, self.encoder, verdict)
+        self.record.write_report(report)
+        self.record.publish_model(merged, self.encoder)
         self.record.close_finished(self.at)
         self.terminal.stop()
-        self.terminal.say(verdict.sentence)
+        self.terminal.console.print(format_report(report, slices=False))
         self.terminal.say(f"model of step {best}: {self.run_dir / 'model'}")
-
-    def _judge(self, tuned: Scores) -> Verdict:
-        return judge(self.record.read_scores("base"), tuned, self.job.evaluators[0].task.groups)
 
 
 def name_metrics(scores: list[Scores]) -> dict[str, float]:
