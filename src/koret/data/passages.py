@@ -52,10 +52,12 @@ class _Unit(msgspec.Struct, gc=False):
 
     start: int
     end: int
-    tokens: int
-    path: tuple[str, ...]  # headings above it, the title first
+    level: int = 0  # 2-6: a heading, which is not packed
+    tokens: int = 0
+    header: _Unit | None = None  # the header row above it in its table
+    path: tuple[str, ...] = ()  # headings above it, the title first
+    room: int = 0  # tokens a passage has below that path
     opens: tuple[str, ...] = ()  # headings between the unit before and this one
-    header: tuple[int, int] | None = None  # span of its table's header row
 
 
 def join_heading(heading: str, text: str) -> str:
@@ -148,96 +150,110 @@ class _Splitter:
     # ---- lines -> units
 
     def _read_units(self) -> list[_Unit]:
-        lines = list(self._read_lines())
-        self._count([self.text[start:end] for start, end, _, _ in lines])
-        levels = self._choose_headings(lines)
+        lines = self._read_lines()
+        names = {
+            i: self.text[line.start + line.level : line.end].lstrip() for i, line in enumerate(lines) if line.level
+        }
+        texts = [self.text[line.start : line.end] for line in lines]
+        counts = self.count_tokens([*texts, *names.values()])
+        for line, tokens in zip(lines, counts, strict=False):
+            line.tokens = tokens
+        self.counts.update(zip(names.values(), counts[len(lines) :], strict=True))
+        self._choose_headings(lines, names)
         units: list[_Unit] = []
-        path: list[tuple[int, str]] = []
-        opens: list[str] = []
-        for (start, end, _, header), level in zip(lines, levels, strict=True):
-            name = self._strip_mark(start, end)
-            if level:
-                path = [h for h in path if h[0] < level] + [(level, name)]
-                opens.append(name)
+        levels: list[tuple[int, str]] = []
+        path, room, opens = self.root, self._count_room(self.root), ()
+        for i, line in enumerate(lines):
+            if line.level:
+                levels = [h for h in levels if h[0] < line.level] + [(line.level, names[i])]
+                path = self.root + tuple([h[1] for h in levels])
+                room = self._count_room(path)
+                opens += (names[i],)
             else:
-                above = self.root + tuple(h[1] for h in path)
-                tokens = self.counts[self.text[start:end]]
-                units.append(_Unit(start, end, tokens, above, tuple(opens), header))
-                opens = []
+                line.path, line.room = path, room
+                if opens:
+                    line.opens, opens = opens, ()
+                units.append(line)
         return units
 
-    def _read_lines(self) -> Iterator[tuple[int, int, int, tuple[int, int] | None]]:
-        """(start, end, heading level or 0, span of the table header above it) of every line that is not blank."""
-        block: list[tuple[int, int]] = []
-        position = 0
-        for line in self.text.split("\n"):
-            body = line.strip()
+    def _read_lines(self) -> list[_Unit]:
+        lines: list[_Unit] = []
+        first = position = 0  # the open block starts at lines[first]
+        has_row = False
+        html = self.html
+        for text in self.text.split("\n"):
+            body = text.strip()
             if body:
-                start = position + line.index(body[0])
-                block.append((start, start + len(body)))
-            elif block:
-                yield from self._read_block(block)
-                block = []
-            position += len(line) + 1
-        yield from self._read_block(block)
+                start = position if len(body) == len(text) else position + text.index(body[0])
+                mark = _HEADING.match(body) if html and body[0] == "#" else None
+                lines.append(_Unit(start, start + len(body), len(mark[1]) if mark else 0))
+                has_row = has_row or " | " in body
+            else:
+                if has_row and html:
+                    self._mark_table(lines[first:])
+                first, has_row = len(lines), False
+            position += len(text) + 1
+        if has_row and html:
+            self._mark_table(lines[first:])
+        return lines
 
-    def _read_block(self, block: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, tuple[int, int] | None]]:
-        header = self._find_table_header(block) if self.html else None
-        for start, end in block:
-            mark = _HEADING.match(self.text, start, end) if self.html else None
-            below = header is not None and start > header[0]
-            yield start, end, len(mark[1]) if mark else 0, header if below else None
+    def _mark_table(self, block: list[_Unit]) -> None:
+        """Note the header for the rows below it: the first row with the most cells, if those are three or more.
 
-    def _find_table_header(self, block: list[tuple[int, int]]) -> tuple[int, int] | None:
-        """The first row with the most cells, if those are three or more: rows of two are label and value."""
-        cells = [0 if self.text.startswith("- ", a) else self.text.count(" | ", a, b) + 1 for a, b in block]
-        most = max(cells, default=0)
-        return block[cells.index(most)] if most >= 3 else None
+        Rows of two cells are mostly label and value, and have no header.
+        """
+        cells = [
+            0 if self.text.startswith("- ", row.start) else self.text.count(" | ", row.start, row.end) + 1
+            for row in block
+        ]
+        most = max(cells)
+        if most >= 3:
+            at = cells.index(most)
+            for row in block[at + 1 :]:
+                row.header = block[at]
 
-    def _choose_headings(self, lines: Sequence[tuple[int, int, int, tuple[int, int] | None]]) -> list[int]:
-        """Heading level per line. A heading that would fill half the budget, or has nothing below, is a plain line."""
-        self._count([self._strip_mark(start, end) for start, end, level, _ in lines if level])
-        levels = []
+    def _choose_headings(self, lines: list[_Unit], names: dict[int, str]) -> None:
+        """A heading that would fill half the budget, or has nothing below it, becomes a plain line."""
         path: list[tuple[int, str]] = []
-        for start, end, level, _ in lines:
-            if level:
-                longer = [h for h in path if h[0] < level] + [(level, self._strip_mark(start, end))]
-                if self._count_path(self.root + tuple(h[1] for h in longer)) > self.available // 2:
-                    level = 0
-                else:
-                    path = longer
-            levels.append(level)
-        following = 1  # as if a section of the highest level came after the end
-        for i in range(len(levels) - 1, -1, -1):
-            if levels[i] and following and following <= levels[i]:
-                levels[i] = 0
-            following = levels[i]
-        return levels
+        for i, name in names.items():
+            level = lines[i].level
+            longer = [h for h in path if h[0] < level] + [(level, name)]
+            if self._count_path(self.root + tuple(h[1] for h in longer)) > self.available // 2:
+                lines[i].level = 0
+            else:
+                path = longer
+        for i in reversed(names):
+            following = lines[i + 1].level if i + 1 < len(lines) else 1
+            if following and following <= lines[i].level:
+                lines[i].level = 0
 
     # ---- units -> units that fit
 
     def _cut_long(self, units: list[_Unit]) -> list[_Unit]:
         units = self._refine(units, self._cut_sentences, always=self.overlap > 0)
         units = self._refine(units, self._cut_words)
-        while any(u.tokens > self._room(u.path) and u.end - u.start > 1 for u in units):
+        while any(u.tokens > u.room and u.end - u.start > 1 for u in units):
             units = self._refine(units, self._cut_half)
         return units
 
     def _refine(
         self, units: list[_Unit], cut: Callable[[int, int], list[tuple[int, int]]], always: bool = False
     ) -> list[_Unit]:
-        spans = [
-            cut(u.start, u.end) if always or u.tokens > self._room(u.path) else [(u.start, u.end)] for u in units
-        ]
-        self._count([self.text[a:b] for pieces in spans if len(pieces) > 1 for a, b in pieces])
-        refined = []
-        for unit, pieces in zip(units, spans, strict=True):
-            if len(pieces) == 1:
+        """The units with those that do not fit (or all of them) replaced by their pieces."""
+        long = [i for i, u in enumerate(units) if always or u.tokens > u.room]
+        if not long:
+            return units
+        pieces = {i: cut(units[i].start, units[i].end) for i in long}
+        counts = iter(self.count_tokens([self.text[a:b] for spans in pieces.values() for a, b in spans]))
+        refined: list[_Unit] = []
+        for i, unit in enumerate(units):
+            if i not in pieces:
                 refined.append(unit)
                 continue
-            for k, (a, b) in enumerate(pieces):
-                opens = unit.opens if k == 0 else ()
-                refined.append(_Unit(a, b, self.counts[self.text[a:b]], unit.path, opens, unit.header))
+            opens = unit.opens
+            for a, b in pieces[i]:
+                refined.append(_Unit(a, b, 0, next(counts), unit.header, unit.path, unit.room, opens))
+                opens = ()
         return refined
 
     def _cut_sentences(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -257,7 +273,7 @@ class _Splitter:
         group: list[_Unit] = []
         used = room = 0
         for unit in units:
-            added = unit.tokens + sum(self.counts[name] for name in unit.opens)
+            added = unit.tokens + (sum([self.counts[name] for name in unit.opens]) if unit.opens else 0)
             new_section = bool(unit.opens) and used * 3 >= room
             if group and not new_section and used + added <= room:
                 group.append(unit)
@@ -265,17 +281,17 @@ class _Splitter:
                 continue
             if group:
                 yield group
-            room = self._room(unit.path)
-            group = [] if new_section else self._repeat_last(group, unit, room)
+            room = unit.room
+            group = self._repeat_last(group, unit) if self.overlap and not new_section else []
             group.append(unit)
-            used = sum(u.tokens for u in group) + self._count_header(group)
+            used = sum([u.tokens for u in group]) + self._count_header(group)
         if group:
             yield group
 
-    def _repeat_last(self, group: list[_Unit], unit: _Unit, room: int) -> list[_Unit]:
+    def _repeat_last(self, group: list[_Unit], unit: _Unit) -> list[_Unit]:
         """The last units of ``group`` that the next passage begins with: about ``overlap * room`` tokens."""
         repeated: list[_Unit] = []
-        tokens = 0
+        room, tokens = unit.room, 0
         for last in reversed(group[1:]):
             over = tokens + last.tokens + unit.tokens > room or tokens + last.tokens > room // 2
             if tokens >= self.overlap * room or over or last.path != unit.path:
@@ -289,27 +305,26 @@ class _Splitter:
         first = group[0]
         if first.header is None:
             return 0
-        tokens = self.counts[self.text[slice(*first.header)]]
-        room = self._room(first.path)
-        return tokens if tokens <= room // 4 and tokens + sum(u.tokens for u in group) <= room else 0
+        tokens = first.header.tokens
+        fits = tokens <= first.room // 4 and tokens + sum([u.tokens for u in group]) <= first.room
+        return tokens if fits else 0
 
     def _render(self, group: list[_Unit]) -> Passage:
-        first, last = group[0], group[-1]
-        end = last.end
+        first, end = group[0], group[-1].end
         while self.text[end - 1].isspace():
             end -= 1
-        text = _HEADING_MARK.sub("", self.text[first.start : end]) if self.html else self.text[first.start : end]
-        tokens = sum(u.tokens for u in group) + sum(self.counts[name] for u in group[1:] for name in u.opens)
+        text = self.text[first.start : end]
+        if self.html and "##" in text:
+            text = _HEADING_MARK.sub("", text)
+        tokens = self._count_path(first.path) + sum([u.tokens for u in group])
+        tokens += sum([self.counts[name] for u in group[1:] for name in u.opens])
         header_tokens = self._count_header(group)
-        if first.header is not None and header_tokens:
-            text = f"{self.text[slice(*first.header)]}\n{text}"
-        tokens += header_tokens
-        return Passage(PATH_SEPARATOR.join(first.path), text, first.start, end, tokens + self._count_path(first.path))
+        if first.header and header_tokens:
+            text = f"{self.text[first.header.start : first.header.end]}\n{text}"
+        heading = PATH_SEPARATOR.join(first.path)
+        return Passage(heading, text, first.start, end, tokens + header_tokens)
 
     # ---- counting
-
-    def _strip_mark(self, start: int, end: int) -> str:
-        return _HEADING_MARK.sub("", self.text[start:end])
 
     def _count(self, texts: Sequence[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if text not in self.counts]
@@ -317,7 +332,7 @@ class _Splitter:
             self.counts.update(zip(new, self.count_tokens(new), strict=True))
 
     def _count_path(self, path: tuple[str, ...]) -> int:
-        return sum(self.counts[name] for name in path) + self.counts[PATH_SEPARATOR] * max(len(path) - 1, 0)
+        return sum([self.counts[name] for name in path]) + self.counts[PATH_SEPARATOR] * max(len(path) - 1, 0)
 
-    def _room(self, path: tuple[str, ...]) -> int:
+    def _count_room(self, path: tuple[str, ...]) -> int:
         return max(self.available - self._count_path(path), 1)
