@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from koret.evaluation.metrics import DEPTH, KS, compute_metrics
+from koret.evaluation.beir import read_beir
+from koret.evaluation.metrics import DEPTH, KS, PRIMARY, compute_metrics
+from koret.evaluation.probes import run_probes
+from koret.evaluation.report import EvaluationReport, Section, build_section
 from koret.evaluation.scores import Scores
-from koret.evaluation.tasks import RetrievalTask
+from koret.evaluation.selection import find_run, open_data, select_questions
+from koret.evaluation.slices import label_queries
+from koret.evaluation.tasks import Kind, RetrievalTask
 from koret.retrieval.exact import find_top_k
 from koret.retrieval.lexical import LexicalIndex, Tokenizer, fuse_ranks, fuse_scores
+
+if TYPE_CHECKING:
+    from koret.data.loader import Dataset
 
 ARTICLE_DEPTH = 10
 LEXICAL_NAMES = {"bigram": "BM25 bigrams", "kiwi": "BM25 morphemes", "whitespace": "BM25 words"}
@@ -31,6 +41,7 @@ class Evaluator:
 
     def __init__(self, task: RetrievalTask, depth: int = DEPTH, ks: Sequence[int] = KS) -> None:
         self.task, self.depth, self.ks = task, depth, tuple(ks)
+        self._indexes: dict[str, LexicalIndex] = {}
 
     def score(
         self, encoder: Encoder, name: str | None = None, *, queries: Sequence[str] | None = None, progress: bool = False
@@ -53,7 +64,9 @@ class Evaluator:
         """BM25 on the same queries and corpus."""
         asked = self.task.queries if queries is None else queries
         start = time.perf_counter()
-        index = LexicalIndex(self.task.corpus, tokenizer)
+        if tokenizer not in self._indexes:
+            self._indexes[tokenizer] = LexicalIndex(self.task.corpus, tokenizer)
+        index = self._indexes[tokenizer]
         indexed = time.perf_counter() - start
         return self._score(
             LEXICAL_NAMES[tokenizer], lambda rows, k: index.search([asked[row] for row in rows], k), indexed
@@ -120,3 +133,151 @@ def rank_articles(rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
     query, place = np.nonzero(is_first)
     ranked[query, (np.cumsum(is_first, axis=1) - 1)[query, place]] = articles[query, place]
     return ranked
+
+
+# ---- one model, everything there is to say about it
+
+
+class Remembering:
+    """An encoder that encodes no text twice, and counts its seconds. Lists beyond ``LIMIT`` texts are not kept."""
+
+    LIMIT = 100_000
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.seconds = encoder, 0.0
+        self.name = getattr(encoder, "name", "model")
+        self._rows: dict[tuple[str, str], int] = {}
+        self._vectors: np.ndarray | None = None
+
+    def encode(self, texts: Sequence[str], kind: str, *, progress: bool = False) -> np.ndarray:
+        if len(texts) > self.LIMIT or not len(texts):
+            return self._encode(texts, kind, progress)
+        missing = [text for text in dict.fromkeys(texts) if (kind, text) not in self._rows]
+        if missing:
+            vectors = self._encode(missing, kind, progress)
+            if np.shape(vectors)[:1] != (len(missing),):
+                raise ValueError(f"the encoder gave {np.shape(vectors)} for {len(missing)} {kind} texts")
+            first = len(self._rows)
+            self._rows.update(((kind, text), first + i) for i, text in enumerate(missing))
+            self._vectors = vectors if self._vectors is None else np.concatenate([self._vectors, vectors])
+        return self._vectors[[self._rows[kind, text] for text in texts]]
+
+    def _encode(self, texts: Sequence[str], kind: str, progress: bool) -> np.ndarray:
+        start = time.perf_counter()
+        vectors = self.encoder.encode(texts, kind, progress=progress)
+        self.seconds += time.perf_counter() - start
+        return vectors
+
+
+def evaluate(
+    model: str | Path | Encoder,
+    dataset_root: str | Path | Dataset,
+    *,
+    baseline: str | Path | Encoder | None = None,
+    bm25: bool | Sequence[Tokenizer] = True,
+    kinds: Sequence[Kind] = ("passage", "answer"),
+    split: str = "auto",
+    extra: Sequence[str | Path] = (),
+    probes: bool = False,
+    max_queries: int | None = None,
+    max_seq_length: int | None = None,
+    progress: bool = False,
+    **loading: Any,
+) -> EvaluationReport:
+    """Score a model, its baseline and BM25 on the same questions, with intervals, paired tests and slices.
+
+    ``model`` and ``baseline`` are runs, model directories, hub names or 'offline', or objects with ``encode``.
+    ``dataset_root`` is anything ``load_dataset`` reads (or its result); ``loading`` goes there. ``split``: 'auto' asks
+    the questions a run held out when it was trained on this data, else all; 'held-out' or 'all' say so. ``bm25``:
+    True scores character bigrams and Kiwi morphemes, or name the tokenizers. ``extra`` are BEIR folders that must not
+    get worse. ``probes`` also scores misspelt questions.
+
+    The report's ``verdict`` is '' without a baseline. Raises ValueError or FileNotFoundError saying what is wrong.
+    """
+    start = time.perf_counter()
+    run = find_run(model) if isinstance(model, (str, Path)) else None
+    encoders = {"model": _open(model, max_seq_length)}
+    if baseline is not None:
+        encoders["base"] = _open(baseline, max_seq_length)
+    chosen = select_questions(
+        *open_data(dataset_root, encoders["model"].encoder, run, progress=progress, **loading),
+        run=run, kinds=kinds, split=split, max_queries=max_queries,
+    )  # fmt: skip
+    others = [read_beir(folder) for folder in extra]
+    loaded = time.perf_counter()
+    tokenizers = (("bigram", "kiwi") if bm25 else ()) if isinstance(bm25, bool) else tuple(bm25)
+    weight = _tune_weight(chosen.build_tuning_task() if tokenizers else None, encoders["model"], progress)
+    sections = [
+        _evaluate_task(task, encoders, tokenizers, weight, chosen.dataset, probes=probes, progress=progress)
+        for task in chosen.tasks
+    ]
+    further = [_evaluate_task(task, encoders, tokenizers[:1], None, progress=progress) for task in others]
+    audit = chosen.audit(others)
+    done = time.perf_counter()
+    encoding = sum(encoder.seconds for encoder in encoders.values())
+    return EvaluationReport(
+        model=encoders["model"].name,
+        baseline=encoders["base"].name if baseline is not None else None,
+        data={"source": _name_source(dataset_root), **chosen.describe(), "fusion_weight": weight},
+        sections=sections,
+        extra=further,
+        audit=audit,
+        seconds={"loading": loaded - start, "encoding": encoding, "rest": done - loaded - encoding},
+    )
+
+
+def _evaluate_task(
+    task: RetrievalTask,
+    encoders: dict[str, Remembering],
+    tokenizers: Sequence[Tokenizer],
+    weight: float | None,
+    dataset: Dataset | None = None,
+    *,
+    probes: bool = False,
+    progress: bool = False,
+) -> Section:
+    evaluator = Evaluator(task)
+    names = {"model": "tuned", "base": "base"} if "base" in encoders else {"model": "model"}
+    dense = {role: evaluator.score(encoder, names[role], progress=progress) for role, encoder in encoders.items()}
+    lexical = [evaluator.score_lexical(tokenizer) for tokenizer in tokenizers]
+    fused = []
+    if lexical:
+        weights = [None] if weight is None else [None, weight]
+        fused = [evaluator.score_fusion(dense["model"], lexical[0], share) for share in weights]
+    on_passages = dataset is not None and task.passage_rows is not None
+    labels = label_queries(dataset, task) if on_passages else None
+    section = build_section(task, dense["model"], dense.get("base"), lexical, fused, labels)
+    if probes and on_passages:
+        systems = [(dense[role], partial(_score_again, evaluator, encoders[role], names[role])) for role in dense]
+        systems += [
+            (scores, partial(evaluator.score_lexical, tokenizer))
+            for scores, tokenizer in zip(lexical, tokenizers, strict=True)
+        ]
+        section.probes = run_probes(task, systems)
+    return section
+
+
+def _score_again(evaluator: Evaluator, encoder: Encoder, name: str, queries: Sequence[str]) -> Scores:
+    return evaluator.score(encoder, name, queries=queries)
+
+
+def _tune_weight(task: RetrievalTask | None, encoder: Encoder, progress: bool) -> float | None:
+    """The share of the dense score that fuses best with BM25 bigrams on training questions; None without any."""
+    if task is None:
+        return None
+    evaluator = Evaluator(task)
+    dense, lexical = evaluator.score(encoder, "dense", progress=progress), evaluator.score_lexical("bigram")
+    weights = [step / 10 for step in range(1, 10)]
+    return max(weights, key=lambda w: evaluator.score_fusion(dense, lexical, w).metrics[PRIMARY[0]])
+
+
+def _open(model: str | Path | Encoder, max_seq_length: int | None) -> Remembering:
+    if not isinstance(model, (str, Path)):
+        return Remembering(model)
+    from koret.retrieval.encoder import load_encoder
+
+    return Remembering(load_encoder(model, max_seq_length=max_seq_length))
+
+
+def _name_source(source: str | Path | Dataset) -> str:
+    return Path(source).name if isinstance(source, (str, Path)) else "a prepared data set"

@@ -13,7 +13,8 @@ import numpy as np
 from koret.evaluation import metrics
 from koret.evaluation.significance import Difference, Interval, bootstrap_intervals, compare_paired
 
-LABELS = {"map": "MAP"}
+LEAST_GROUPS = 6  # with fewer no sign pattern is rarer than 5%: 2 / 2^5
+_WRITTEN = {"ndcg": "nDCG", "map": "MAP", "mrr": "MRR"}
 _SAID = {"better": "better than", "worse": "worse than", "not distinguishable": "not distinguishable from"}
 
 
@@ -88,21 +89,22 @@ def judge(
 
 
 def _say(tuned: str, base: str, metric: str, means: tuple[float, float], gap: Difference) -> str:
+    owners = f" of {gap.groups} articles" if gap.groups != gap.queries else ""
     said = (
         f"{tuned} is {_SAID[gap.outcome]} {base}: {label(metric)} {means[0]:.3f} -> {means[1]:.3f} ({format_gap(gap)}, "
-        f"p {format_p(gap.p_value)}, {gap.queries} questions of {gap.groups} articles)"
+        f"p {format_p(gap.p_value)}, {gap.queries:,} questions{owners})."
     )
-    if gap.groups < 2:
-        return said + ". One article proves nothing: give more."
-    if gap.outcome == "not distinguishable":
-        return said + f". A true difference of {gap.detectable:.3f} or more would have shown four times out of five."
-    return said + "."
+    if gap.groups < LEAST_GROUPS:
+        return f"{said} Fewer than {LEAST_GROUPS} articles cannot prove a difference: ask about more."
+    if gap.outcome == "not distinguishable" and gap.detectable > 0:
+        return f"{said} A true difference of {gap.detectable:.3f} or more would have shown four times out of five."
+    return said
 
 
 def label(metric: str) -> str:
     """How a metric is written in tables: ndcg@10 -> nDCG@10."""
     name, _, k = metric.rpartition("/")[2].partition("@")
-    written = {"ndcg": "nDCG", "map": "MAP", "mrr": "MRR"}.get(name, name)
+    written = _WRITTEN.get(name, name)
     return written + (f"@{k}" if k else "")
 
 

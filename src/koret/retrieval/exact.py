@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_PAIRS_AT_ONCE = 1 << 15
+_NUMBERS_AT_ONCE = 1 << 19  # float64 numbers gathered together: they stay in the cache
 
 
 def find_top_k(
@@ -67,8 +67,9 @@ class _Best:
         if not len(query):
             return
         scores = np.empty(len(query))
-        for i in range(0, len(query), _PAIRS_AT_ONCE):
-            piece = slice(i, i + _PAIRS_AT_ONCE)
+        pairs = max(1, _NUMBERS_AT_ONCE // max(1, self.queries.shape[1]))
+        for i in range(0, len(query), pairs):
+            piece = slice(i, i + pairs)
             left, right = self.queries[query[piece]].astype(np.float64), block[row[piece]].astype(np.float64)
             scores[piece] = np.einsum("nd,nd->n", left, right)
         self._merge(query, row + start, scores)

@@ -90,12 +90,13 @@ def _cut_bigrams(texts: list[str]) -> list[list[str]]:
 def _cut_morphemes(texts: list[str]) -> list[list[str]]:
     return [
         [token.form for token in tokens if not token.tag.startswith(_FUNCTION_TAGS)]
-        for tokens in _load_kiwi().tokenize(texts)
+        for tokens in load_kiwi().tokenize(texts)
     ]
 
 
 @functools.cache
-def _load_kiwi() -> Any:
+def load_kiwi() -> Any:
+    """The morphological analyser, loaded once (1.5 s)."""
     from kiwipiepy import Kiwi
 
     return Kiwi()
@@ -138,7 +139,7 @@ def _stretch(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     scores = scores.astype(np.float64)
     low = np.where(rows >= 0, scores, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     high = np.where(rows >= 0, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(high > low, (scores - low) / (high - low), 1.0)
 
 

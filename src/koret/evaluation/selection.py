@@ -1,0 +1,141 @@
+"""Which questions are asked: the data set, the split a run was trained with, and what it has seen of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from koret import runs
+from koret.config import TrainingConfig
+from koret.data.columns import read_column
+from koret.data.loader import Dataset, find_cache_dir, load_dataset
+from koret.data.pairs import split_articles
+from koret.evaluation.audit import Audit, Texts, audit_overlap, take_evaluated, take_task, take_training
+from koret.evaluation.tasks import Kind, RetrievalTask, build_held_out_tasks, build_task
+
+SPLITS = ("auto", "all", "held-out")
+TUNING_QUESTIONS, TUNING_PASSAGES = 300, 2000
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tasks, how their questions were chosen, and the training side where it is known."""
+
+    dataset: Dataset
+    tasks: list[RetrievalTask]
+    split: str  # all | held-out
+    asked: np.ndarray  # rows of the articles asked about
+    trained: np.ndarray  # rows of the other articles of a held-out split
+    training: Texts | None  # what the model was trained on; None: not known
+    seed: int
+
+    def audit(self, extra: Sequence[RetrievalTask] = ()) -> Audit | None:
+        """Leakage from training into the questions and the extra sets; None where training is not known."""
+        if self.training is None:
+            return None
+        name = "the held-out articles" if self.split == "held-out" else "the data set"
+        return audit_overlap(self.training, [take_evaluated(self.dataset, self.asked, name), *map(take_task, extra)])
+
+    def build_tuning_task(self) -> RetrievalTask | None:
+        """Training questions over passages of their articles, to tune on; None where everything is asked."""
+        if not len(self.trained):
+            return None
+        rng = np.random.default_rng(self.seed)
+        article = read_column(self.dataset.questions, "article")
+        questions = np.flatnonzero(np.isin(article, self.trained))
+        if len(questions) > TUNING_QUESTIONS:
+            questions = np.sort(rng.choice(questions, TUNING_QUESTIONS, replace=False))
+        owner = read_column(self.dataset.passages, "article")
+        passages = np.flatnonzero(np.isin(owner, article[questions]))
+        gold = read_column(self.dataset.questions, "best")[questions]
+        others = np.setdiff1d(passages, gold)
+        room = min(max(TUNING_PASSAGES - len(passages) + len(others), 0), len(others))
+        passages = np.union1d(gold[gold >= 0], rng.choice(others, room, replace=False))
+        try:
+            return build_task(self.dataset, questions, passages, "passage", "training questions")
+        except ValueError:
+            return None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.dataset.fingerprint,
+            "split": self.split,
+            "articles_asked": len(self.asked),
+            "articles": self.dataset.articles.num_rows,
+            "questions": self.dataset.questions.num_rows,
+            "passages": self.dataset.passages.num_rows,
+        }
+
+
+def select_questions(
+    dataset: Dataset,
+    training_data: Dataset | None = None,
+    *,
+    run: runs.Run | None = None,
+    kinds: Sequence[Kind] = ("passage", "answer"),
+    split: str = "auto",
+    max_queries: int | None = None,
+) -> Selection:
+    """Choose the questions of ``dataset`` and build the tasks.
+
+    ``run`` is the run the model comes from, ``training_data`` what it was trained on when that is another data set.
+    ``auto`` asks what the run held out if it was trained on ``dataset``, else every question. ``held-out`` without
+    such a run uses the default split. Raises ValueError for an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    own = run is not None and run.data.get("fingerprint") == dataset.fingerprint
+    settings = TrainingConfig(**run.config) if own else TrainingConfig()
+    everything = np.arange(dataset.articles.num_rows)
+    train, held_out = everything[:0], everything
+    if own or split == "held-out":
+        train, held_out = split_articles(dataset, settings.train_split, settings.seed)
+    training = take_training(dataset, train, "this run's training articles") if own else None
+    if training is None and run is not None and training_data is not None:
+        config = TrainingConfig(**run.config)
+        theirs, _ = split_articles(training_data, config.train_split, config.seed)
+        training = take_training(training_data, theirs, f"training articles of {Path(config.dataset_root).name}")
+    split = "held-out" if split == "held-out" or (split == "auto" and own) else "all"
+    if split == "all":
+        train, held_out = everything[:0], everything
+    tasks = build_held_out_tasks(
+        dataset, train, held_out, kinds, corpus_size=settings.eval_corpus_size, samples=max_queries, seed=settings.seed
+    )
+    return Selection(dataset, tasks, split, held_out, train, training, settings.seed)
+
+
+def open_data(
+    source: str | Path | Dataset, encoder: Any, run: runs.Run | None = None, **loading: Any
+) -> tuple[Dataset, Dataset | None]:
+    """The data set to ask about, and what the run was trained on where that is another set and still there.
+
+    Pages are cut into passages as the run cut them, else to the encoder's length by its tokens. ``loading`` goes to
+    ``load_dataset``.
+    """
+    if not isinstance(source, (str, Path)):
+        return source, None
+    settings: dict[str, Any] = {"max_seq_length": getattr(encoder, "max_seq_length", 256), **loading}
+    if hasattr(encoder, "export_tokenizer"):
+        settings["tokenizer"] = encoder.export_tokenizer(find_cache_dir(loading.get("cache_dir")) / "tokenizers")
+    if run is not None:
+        config = TrainingConfig(**run.config)
+        settings |= {"max_seq_length": config.max_seq_length, "passage_tokens": config.passage_tokens}
+    dataset = load_dataset(source, **settings)
+    if run is None or run.data.get("fingerprint") == dataset.fingerprint:
+        return dataset, None
+    try:
+        return dataset, load_dataset(config.dataset_root, **settings)
+    except (FileNotFoundError, ValueError):
+        return dataset, None
+
+
+def find_run(model: str | Path) -> runs.Run | None:
+    """The run a model comes from, or None."""
+    try:
+        return runs.read_run(runs.resolve_model(model))
+    except FileNotFoundError:
+        return None
