@@ -81,7 +81,8 @@ def fake_tokens(count, start):
 
 
 def test_identical_texts_are_encoded_once_and_everybody_finds_theirs(pairs):
-    repeated = dataclasses.replace(pairs, queries=["같은 질문" if i % 4 == 0 else q for i, q in enumerate(pairs.queries)])
+    asked = ["같은 질문" if i % 4 == 0 else query for i, query in enumerate(pairs.queries)]
+    repeated = dataclasses.replace(pairs, queries=asked)
     queries, targets = fake_tokens(len(pairs), 1000), fake_tokens(len(pairs.texts), 0)
     rows = np.array([0, 4, 8, 1, 2, 50])
     batch = BatchMaker(repeated, queries, targets, mask=True).make(rows)
@@ -98,7 +99,8 @@ def test_identical_texts_are_encoded_once_and_everybody_finds_theirs(pairs):
 
 def test_both_positives_of_a_question_never_serve_as_its_negatives(toy_data):
     both = build_pairs(toy_data, np.arange(8), "both")
-    batch = BatchMaker(both, fake_tokens(len(both), 1000), fake_tokens(len(both.texts), 0), mask=True).make(np.arange(8))
+    maker = BatchMaker(both, fake_tokens(len(both), 1000), fake_tokens(len(both.texts), 0), mask=True)
+    batch = maker.make(np.arange(8))
     for i in range(8):
         siblings = both.question[batch.rows] == both.question[batch.rows[i]]
         assert siblings.sum() == 2

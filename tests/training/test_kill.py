@@ -196,7 +196,7 @@ def test_a_signal_finishes_the_step_and_saves(stage, number, code, delay):
 
     assert stage.run(config, arm) in (code, 0)
     run = find_runs(config.log_dir)[-1]
-    if run.state != "finished":
+    if delay == 0.05 or run.state != "finished":
         assert run.state == "interrupted" and run.status["reason"] == f"stopped by {number.name}"
         assert any((run.path / "checkpoints").glob("step-*"))
     assert stage.finish(config) == stage.expected

@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
 from crashes import read_outcome
 from rich.console import Console
 
+from conftest import make_dataset
 from koret.config import TrainingConfig
 from koret.retrieval.encoder import load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run
@@ -54,8 +54,9 @@ def test_five_steps_leave_exactly_the_promised_files(trained):
         checkpoints |= {f"{best}/weights.safetensors", f"{best}/manifest.json"}
     assert len(events) == 1
     assert found - set(events) == checkpoints | {f"model/{name}" for name in MODEL_FILES} | {
-        "metrics.jsonl", "environment.json", "data.json", "status.json", "evaluation/base.json", "evaluation/best.json",
-        "evaluation/final.json", "evaluation/verdict.json",
+        "metrics.jsonl", "environment.json", "data.json", "status.json", "evaluation/verdict.json",
+        "evaluation/report.json", "evaluation/queries-question-passage.jsonl",
+        *(f"evaluation/{name}.{kind}" for name in ("base", "best", "final") for kind in ("json", "safetensors")),
     }  # fmt: skip
     assert run.state == "finished" and run.status["step"] == 5
 
@@ -123,8 +124,8 @@ def test_the_saved_model_scores_what_the_run_says(make_config, toy_data, precisi
     trainer, run = train(make_config(precision=precision), toy_data)
     scores = trainer.job.evaluators[0].score(load_encoder(run.model, precision=precision))
     assert scores.metrics == pytest.approx(run.final, abs=1e-9)
-    trained_in_memory = trainer.evaluate()
-    assert trained_in_memory["ndcg@10"] == pytest.approx(run.final["ndcg@10"], abs=0.02 if precision == "bf16" else 1e-9)
+    in_memory = trainer.evaluate()
+    assert in_memory["ndcg@10"] == pytest.approx(run.final["ndcg@10"], abs=0.02 if precision == "bf16" else 1e-9)
 
 
 def test_full_fine_tuning_behind_the_same_switch(make_config, toy_data):
@@ -146,14 +147,16 @@ def test_other_positives_train_and_are_scored_on_both_tasks(make_config, toy_dat
 def test_the_best_model_is_kept_not_the_last(make_config, toy_data):
     """A rate that ruins the model after the first evaluations: the saved one is the best of those scored."""
     _, run = train(make_config(num_epochs=4, max_steps=None, learning_rate=0.5, save_steps=4), toy_data)
-    scores = {line["step"]: line["eval/score"] for line in map(json.loads, open(run.path / "metrics.jsonl")) if "eval/score" in line}
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["eval/score"] for line in lines if "eval/score" in line}
     best = run.status["best"]["step"]
     assert scores[best] == max(score for step, score in scores.items() if step > 0)
     assert run.final["ndcg@10"] == pytest.approx(scores[best], abs=1e-6)
 
 
 def test_patience_stops_early(make_config, toy_data, silent):
-    _, run = train(make_config(num_epochs=20, max_steps=None, learning_rate=1.0, save_steps=2, patience=2), toy_data, silent)
+    config = make_config(num_epochs=20, max_steps=None, learning_rate=1.0, save_steps=2, patience=2)
+    _, run = train(config, toy_data, silent)
     assert run.state == "finished" and run.status["step"] < run.status["total_steps"]
     assert "stopped early: 2 evaluations without a better score" in silent.file.getvalue()
 
@@ -234,7 +237,8 @@ def test_a_non_finite_number_stops_the_run_before_it_is_applied(make_config, toy
 
 def test_a_learning_rate_that_blows_up_leaves_no_nan(make_config, toy_data, tiny_model):
     """Weights driven to infinity are found by the next loss or score, whichever comes first."""
-    trainer = EmbeddingTrainer(make_config(max_steps=20, num_epochs=3), dataset=toy_data, console=Console(file=io.StringIO()))
+    config = make_config(max_steps=20, num_epochs=3)
+    trainer = EmbeddingTrainer(config, dataset=toy_data, console=Console(file=io.StringIO()))
     trainer._prepare()
     plain = trainer.optimizer.step
     trainer.optimizer.step = lambda rate, finite: plain(1e38, finite)
@@ -370,7 +374,8 @@ def test_the_same_seed_gives_the_same_bits(make_config, toy_data, tmp_path, chan
     outcomes = []
     for name in ("a", "b"):
         trainer, run = train(make_config(log_dir=str(tmp_path / name), **changes), toy_data)
-        outcomes.append({**{n: p.detach().numpy().tobytes() for n, p in trainer.parameters.items()}, "final": run.final})
+        weights = {n: p.detach().numpy().tobytes() for n, p in trainer.parameters.items()}
+        outcomes.append({**weights, "final": run.final})
     assert outcomes[0] == outcomes[1]
     other, _ = train(make_config(log_dir=str(tmp_path / "c"), seed=43, **changes), toy_data)
     assert any(outcomes[0][n] != p.detach().numpy().tobytes() for n, p in other.parameters.items())
