@@ -17,6 +17,7 @@ from rich.table import Table
 
 from koret import runs
 from koret.config import TrainingConfig, read_settings
+from koret.files import write_json
 
 
 def run(options: argparse.Namespace) -> int | None:
@@ -44,7 +45,7 @@ def download(options: argparse.Namespace) -> None:
 
 
 def show_stats(options: argparse.Namespace) -> None:
-    from koret.data import statistics
+    from koret.data import statistics, statistics_report
 
     tokenizer = None
     if options.model:
@@ -58,12 +59,12 @@ def show_stats(options: argparse.Namespace) -> None:
         dataset, tokenizer=tokenizer, max_seq_length=options.max_seq_length, others=others
     )
     if options.out:
-        files = statistics.save_report(found, Path(options.out))
+        files = statistics_report.save_report(found, Path(options.out))
     if options.json:
         print_json(found)
         return
     console = open_console()
-    for table in statistics.format_tables(found):
+    for table in statistics_report.format_tables(found):
         console.print(table)
     if options.out:
         console.print(f"written to {options.out}: {', '.join(sorted(file.name for file in files))}", highlight=False)
@@ -73,9 +74,7 @@ def load_data(path: str, options: argparse.Namespace, **settings: Any):
     """The data set at ``path``; what was read and skipped goes to stderr."""
     from koret.data import loader
 
-    dataset = loader.load_dataset(
-        path, num_workers=options.num_workers, strict=options.strict, max_bad=options.max_bad, **settings
-    )
+    dataset = loader.load_dataset(path, **loading_options(options), **settings)
     print(loader.format_report(dataset.report), file=sys.stderr)
     return dataset
 
@@ -275,12 +274,83 @@ def find_address() -> str:
 
 def read_config(options: argparse.Namespace) -> TrainingConfig:
     """Settings from the file and the options, checked together; options win."""
+    return TrainingConfig(**{**(read_settings(options.config) if options.config else {}), **given_settings(options)})
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that stand on the command line."""
     prefix = "setting_"
-    given = {k[len(prefix) :]: v for k, v in vars(options).items() if k.startswith(prefix) and v is not None}
-    return TrainingConfig(**{**(read_settings(options.config) if options.config else {}), **given})
+    return {k[len(prefix) :]: v for k, v in vars(options).items() if k.startswith(prefix) and v is not None}
+
+
+def train(options: argparse.Namespace) -> None:
+    from koret.training.trainer import EmbeddingTrainer
+
+    console = Console(stderr=True) if options.json else open_console()
+    if options.resume:
+        changes = {k: v for k, v in given_settings(options).items() if k != "log_dir"}
+        log_dir = options.setting_log_dir or TrainingConfig().log_dir
+        path = runs.resolve_run(options.resume, log_dir)
+        trainer = EmbeddingTrainer.resume(path, changes=changes, console=console)
+    else:
+        trainer = EmbeddingTrainer(read_config(options), console=console)
+    if options.dry_run:
+        trainer.explain_plan()
+        return
+    run = trainer.train()
+    if options.json:
+        print_json({"run": str(run.path), "model": str(run.model), "base": run.base, "final": run.final, **run.verdict})
+        return
+    console.print("\nwhat to try next", style="bold")
+    for command, purpose in (
+        (f'koret search {run.path} "조선 시대에 한글을 만든 임금은 누구인가?"', "ask the tuned model"),
+        (
+            f"koret compare {run.config['model_name']} {run.path} --dataset-root {run.config['dataset_root']}",
+            "see wins and losses",
+        ),
+        (f"koret tensorboard {run.path.parent}", "look at the curves"),
+    ):
+        console.print(f"  {command}    # {purpose}", highlight=False, markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from koret.evaluation import evaluator, outputs, tables
+
+    report = evaluator.evaluate(
+        options.model,
+        options.dataset_root,
+        baseline=options.baseline,
+        bm25=options.bm25,
+        split=options.split,
+        extra=options.extra,
+        probes=options.probes,
+        max_queries=options.max_queries,
+        max_seq_length=options.max_seq_length,
+        progress=sys.stderr.isatty(),
+        **loading_options(options),
+    )
+    if options.out:
+        outputs.save_report(report, options.out)
+    if options.trec:
+        outputs.save_trec(report, options.trec)
+    if options.json and options.json != "-":
+        write_json(Path(options.json), report.to_dict())
+    if options.json == "-":
+        print_json(report.to_dict())
+    else:
+        tables.print_report(report, open_console())
+
+
+def loading_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {"num_workers": options.num_workers, "strict": options.strict, "max_bad": options.max_bad}
 
 
 COMMANDS = {
+    "evaluate": evaluate,
+    "train": train,
     "download": download,
     "stats": show_stats,
     "search": search,

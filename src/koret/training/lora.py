@@ -111,7 +111,7 @@ def save_adapter(model: Model, directory: str | Path, base_name: str) -> None:
 
     backbone, directory = find_backbone(model), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(backbone, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(backbone, adapter_name=ADAPTER, save_embedding_layers=False)
     # In a PeftModel the transformer lies two levels down, and PEFT writes those names.
     tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in sorted(state.items())}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
