@@ -104,7 +104,7 @@ class _Group:
 
 
 def _read_pair(record: dict[str, Any] | str, place: str) -> _Pair:
-    """A row as a pair; ``place`` is its id where it has none. Raises ValueError saying what is missing or of the wrong type."""
+    """A row as a pair; ``place`` is its id where it has none. Raises ValueError saying what is wrong with it."""
     if isinstance(record, str):
         raise ValueError(record)
     query = _pick(record, QUERY)

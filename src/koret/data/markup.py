@@ -26,9 +26,9 @@ Span = tuple[int, int]
 # What a structural tag leaves behind until separators are merged. The input's own control characters go first.
 PARAGRAPH, LINE, ITEM, ITEM_END, ROW, CELL, CELL_END, TABLE, TABLE_END = "\x01\x02\x03\x04\x05\x06\x07\x08\x0e"
 SLASH, INNER_CELL, HEADING_END = "\x0f\x10\x11"  # a break inside a cell; a cell of a table inside a cell
-HEADINGS = "\x12\x13\x14\x15\x16\x17"  # h1 .. h6
+HEADING, LEVELS = "\x12", "\x13\x14\x15\x16\x17\x18"  # a heading opens, followed by its level h1 .. h6
 MARKERS = PARAGRAPH + LINE + ITEM + ITEM_END + ROW + CELL + CELL_END + TABLE + TABLE_END
-MARKERS += SLASH + INNER_CELL + HEADING_END + HEADINGS
+MARKERS += SLASH + INNER_CELL + HEADING_END + HEADING + LEVELS
 CONTROLS = "".join(map(chr, range(32))).translate({ord(c): None for c in "\t\n\x0b\x0c\r"}) + "\x7f"
 
 INVISIBLE = "\u200b\u200e\u200f\u2060\u00ad\ufeff"  # joiners (U+200C, U+200D) carry meaning and stay
@@ -37,7 +37,7 @@ SPACES = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join
 _BLOCKS = """address article aside blockquote body caption center details dir div dl fieldset figcaption figure footer
 form head header hr html legend main menu nav noscript ol option p pre section select summary title ul video audio"""
 _TAG_MARKS = {name: (PARAGRAPH, PARAGRAPH) for name in _BLOCKS.split()}
-_TAG_MARKS |= {f"h{level}": (mark, HEADING_END) for level, mark in enumerate(HEADINGS, 1)}
+_TAG_MARKS |= {f"h{number}": (HEADING + level, HEADING_END) for number, level in enumerate(LEVELS, 1)}
 _TAG_MARKS |= {
     "table": (TABLE, TABLE_END),
     "tr": (ROW, CELL_END),
@@ -50,30 +50,34 @@ _TAG_MARKS |= {
     "rt": ("(", ")"),  # a ruby reading without its own brackets
 }
 
+_ANY_TAG = "[a-zA-Z/!?][^<>]*>"
 _EDIT_LINK = (
-    r"span[^<>]*><span[^<>]*>\[</span>(?:<a[^<>]*>[^<>]{1,20}</a>(?:<span[^<>]*>[^<>]{1,9}</span>)?){1,2}"
+    r"pan[^<>]*><span[^<>]*>\[</span>(?:<a[^<>]*>[^<>]{1,20}</a>(?:<span[^<>]*>[^<>]{1,9}</span>)?){1,2}"
     r"<span[^<>]*>\]</span></span>"
 )
+_BACKLINK = r"pan[^<>]*><a[^<>]*>↑</a></span>\s?"
 _REFERENCE = (
-    r"sup[^<>]*>(?:(?:<[a-z][^<>]*>){0,3}(?:\[|&#91;)(?:</span>)?(?:<[abi][^<>]*>){0,2}[^<>\[\]]{1,30}"
+    r"up[^<>]*>(?:(?:<[a-z][^<>]*>){0,3}(?:\[|&#91;)(?:</span>)?(?:<[abi][^<>]*>){0,2}[^<>\[\]]{1,30}"
     r"(?:</[abi]>){0,2}(?:<span[^<>]*>)?(?:\]|&#93;)(?:</[a-z]{1,5}>){0,3}\s?){1,6}</sup>"
 )
-_BACKLINK = r"span[^<>]*><a[^<>]*>↑</a></span>\s?"
-_RUBY_BRACKET = r"/rp>\s?<rt[^<>]*>|/rt>\s?<rp[^<>]*>"
+_RUBY_BRACKET = r"p>\s?<rt[^<>]*>|t>\s?<rp[^<>]*>"
 _ENTITY = r"&(?:#[0-9]{1,20}(?![0-9]);?|#[xX][0-9a-fA-F]{1,16}(?![0-9a-fA-F]);?|[a-zA-Z][a-zA-Z0-9]{1,31};?)"
 # Every alternative ends at the next angle bracket or at a fixed bound: no input makes this quadratic.
-_TOKENS = re.compile(rf"(<(?:{_EDIT_LINK}|{_BACKLINK}|{_REFERENCE}|{_RUBY_BRACKET}|[a-zA-Z/!?][^<>]*>)|{_ENTITY})")
+_TAG = f"<(?:s(?:{_EDIT_LINK}|{_BACKLINK}|{_REFERENCE})|/r(?:{_RUBY_BRACKET})|{_ANY_TAG})"
+_TAGS, _TAGS_AND_ENTITIES = re.compile(f"({_TAG})"), re.compile(f"({_TAG}|{_ENTITY})")
 _TAG_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
 _RUN = re.escape(SPACES + INVISIBLE + MARKERS)
 _SEPARATORS = re.compile(f"([{_RUN}](?:[{_RUN}]+|(?<! )))")  # a lone space stays where it is
-_CELL_STATE = re.compile(f"([{ROW + CELL + CELL_END + TABLE + TABLE_END}])")
-_HEADING = re.compile(f"[{HEADINGS}][^{HEADINGS + HEADING_END}]*{HEADING_END}")
-_HEADING_MARK = re.compile(f"[{HEADINGS}]")
+_BREAKS = LINE + PARAGRAPH + ITEM + HEADING + LEVELS + HEADING_END
+_STATE = ROW + CELL + CELL_END + TABLE + TABLE_END
+_CELL_STATE = re.compile(f"([{_STATE}])")
+_BROKEN_CELL = re.compile(f"{CELL}[^{_STATE + _BREAKS}]*[{_BREAKS}][^{_STATE}]*")
+_TABLE_IN_CELL = re.compile(f"{CELL}[^{_STATE}]*{TABLE}")
+_WHOLE_HEADING = re.compile(f"{HEADING}[^{HEADING + HEADING_END}]*{HEADING_END}")
 
 _NO_CONTROLS = str.maketrans(CONTROLS, " " * len(CONTROLS))
-_BREAKS = LINE + PARAGRAPH + ITEM + HEADINGS + TABLE + ROW
-_IN_CELL = str.maketrans(_BREAKS + CELL, SLASH * len(_BREAKS) + INNER_CELL)
-_IN_HEADING = str.maketrans(_BREAKS + CELL, " " * (len(_BREAKS) + 1))
+_IN_CELL = str.maketrans(_BREAKS, SLASH * len(_BREAKS))
+_IN_HEADING = str.maketrans(_STATE + LINE + PARAGRAPH + ITEM, " " * (len(_STATE) + 3))
 _MEMO_LIMIT, _MEMO_LENGTH = 20_000, 80
 
 
@@ -116,7 +120,7 @@ def _join(run: str) -> str:
     if ROW in run:
         empty = run.count(CELL, run.rindex(ROW)) - 1  # cells without text before the first one with
         return ("\n\n" if _has_any(run, PARAGRAPH + TABLE + TABLE_END) else "\n") + "| " * empty
-    if _has_any(run, PARAGRAPH + TABLE + TABLE_END + HEADINGS + HEADING_END):
+    if _has_any(run, PARAGRAPH + TABLE + TABLE_END + HEADING + HEADING_END):
         return "\n\n"
     if CELL in run:
         return " |" * run.count(CELL) + " "
@@ -131,9 +135,9 @@ def _join(run: str) -> str:
 
 def _lead(run: str) -> str:
     """The heading or list mark that a run opens and does not close again: ``'## '``, ``'- '`` or nothing."""
-    heading = _HEADING_MARK.search(run, run.rfind(HEADING_END) + 1)
-    if heading:
-        return "#" * max(HEADINGS.index(heading[0]) + 1, 2) + " "
+    heading = run.rfind(HEADING)
+    if heading > run.rfind(HEADING_END):
+        return "#" * max(LEVELS.index(run[heading + 1]) + 1, 2) + " "
     return "- " if run.rfind(ITEM) > run.rfind(ITEM_END) else ""
 
 
@@ -176,7 +180,7 @@ def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) ->
     if in_cell or CELL in marked:
         marked = _flatten_cells(marked, in_cell)
     if HEADING_END in marked:
-        marked = _HEADING.sub(lambda m: m[0][0] + m[0][1:].translate(_IN_HEADING), marked)
+        marked = _WHOLE_HEADING.sub(lambda m: m[0][:2] + m[0][2:].translate(_IN_HEADING), marked)
     runs = _SEPARATORS.split(marked)
     pieces = runs[:]
     pieces[1::2] = map(_joined, runs[1::2])
@@ -207,8 +211,9 @@ def _cuts(region: Region, point: Span) -> bool:
 def _split_tags(text: str, begin: int, end: int, regions: list[Region], keep_lengths: bool) -> tuple[list, list]:
     """Split text[begin:end] into text, mark, text, ... (marks at odd places) and the lengths both had before."""
     parts, lengths, position = [], [], begin
+    split = (_TAGS_AND_ENTITIES if "&" in text else _TAGS).split
     for start, stop, replacement in [*regions, (end, end, None)]:
-        piece = _TOKENS.split(text[position:start])
+        piece = split(text[position:start])
         if keep_lengths:
             lengths += map(len, piece)
         piece[1::2] = map(_tag_mark, piece[1::2])
@@ -222,6 +227,8 @@ def _split_tags(text: str, begin: int, end: int, regions: list[Region], keep_len
 
 def _flatten_cells(marked: str, in_cell: bool) -> str:
     """Mark breaks inside table cells (and whole tables inside them) as such; the length stays the same."""
+    if not in_cell and not _TABLE_IN_CELL.search(marked):
+        return _BROKEN_CELL.sub(lambda cell: CELL + cell[0][1:].translate(_IN_CELL), marked)
     pieces = _CELL_STATE.split(marked)
     outer: list[bool] = []  # for each open table around the current one: was it opened inside a cell?
     inside, nested = in_cell, False
@@ -263,7 +270,6 @@ def _make_point_map(begin: int, lengths: list[int], parts: list[str], runs: list
     ``lengths`` are those of ``parts`` before tags became marks; ``runs`` and ``pieces`` the same for separators.
     """
     html_at = list(accumulate(lengths, initial=begin))
-    mark_at = list(accumulate(map(len, parts), initial=0))
     run_at = list(accumulate(map(len, runs), initial=0))
     clean_at = list(accumulate(map(len, pieces), initial=0))
 
@@ -271,9 +277,9 @@ def _make_point_map(begin: int, lengths: list[int], parts: list[str], runs: list
         side = bisect_left if is_end else bisect_right
         i = min(max(side(html_at, position) - 1, 0), len(parts) - 1)
         if i % 2 == 0:  # in text: the same distance from its start
-            middle = mark_at[i] + min(position - html_at[i], len(parts[i]))
+            middle = sum(map(len, parts[:i])) + min(position - html_at[i], len(parts[i]))
         else:
-            middle = mark_at[i + is_end]
+            middle = sum(map(len, parts[: i + is_end]))
         j = min(max(side(run_at, middle) - 1, 0), len(runs) - 1)
         if j % 2 == 0:
             return clean_at[j] + min(middle - run_at[j], len(runs[j])), False

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import is_normalized, normalize
 
 import msgspec
 
@@ -87,7 +88,7 @@ class _Preparation:
         reader = open_records(self.source, self.settings.strict)
         with open(shard_path(self.folder, self.number, "rejects"), "wb") as self.rejects:
             for record in reader:
-                self.reject(record) if isinstance(record, Reject) else self.keep(record)
+                self.count_lost(record) if isinstance(record, Reject) else self.keep(record)
         for table in self.tables.values():
             table.close()
         report = self.report
@@ -96,14 +97,16 @@ class _Preparation:
         report.seconds = round(time.perf_counter() - started, 3)
         return report
 
+    def count_lost(self, record: Reject) -> None:
+        """Account for a record that the reader could not use."""
+        self.report.articles_seen += record.is_article
+        self.report.articles_rejected += record.is_article
+        self.report.questions_seen += record.questions if record.is_article else 1
+        self.reject(record)
+
     def reject(self, record: Reject) -> None:
-        report = self.report
-        if record.is_article:
-            report.articles_seen += 1
-            report.articles_rejected += 1
         lost = record.questions if record.is_article else 1
-        report.questions_seen += lost
-        report.questions_rejected += lost
+        self.report.questions_rejected += lost
         self.reasons[record.reason.partition(":")[0]] += max(lost, 1)
         path, _, member = record.source.partition("!")
         line = {
@@ -120,14 +123,12 @@ class _Preparation:
         rows = _ArticleRows(article, self.settings, self.count_tokens)
         first = self.tables["passages"].rows
         number = self.tables["articles"].append(
-            article.title, article.url, article.source, first, len(rows.passages), rows.characters, article.html
+            (article.title, article.url, article.source, first, len(rows.passages), rows.characters, article.html)
         )
-        tokens_known = self.settings.tokenizer is not None
-        for passage, key in zip(rows.passages, rows.keys(), strict=True):
-            self.tables["passages"].append(
-                number, passage.heading, passage.text, passage.start, passage.end,
-                passage.tokens if tokens_known else -1, key,
-            )  # fmt: skip
+        add_passage, tokens_known = self.tables["passages"].append, self.settings.tokenizer is not None
+        for p in rows.passages:
+            tokens = p.tokens if tokens_known else -1
+            add_passage((number, p.heading, p.text, p.start, p.end, tokens, text_key(p.text)), len(p.text))
         for question, placed in rows.place_questions():
             if isinstance(placed, str):
                 self.reject(Reject(article.source, placed, article.position, article.title, question.id))
@@ -135,13 +136,23 @@ class _Preparation:
             report.questions_kept += 1
             report.moved_answers += placed.moved
             report.wide_answers += placed.wide
-            answers = placed.answers
             self.tables["questions"].append(
-                question.id, question.text, number, answers, placed.kind,
-                [first + i for i in placed.gold], first + placed.best, [first + i for i in placed.known],
-                [first + i for i in placed.negatives], text_key(question.text),
-                text_key(normalize_answer(answers[0])), *placed.span,
-            )  # fmt: skip
+                (
+                    question.id,
+                    question.text,
+                    number,
+                    placed.answers,
+                    placed.kind,
+                    [first + i for i in placed.gold],
+                    first + placed.best,
+                    [first + i for i in placed.known],
+                    [first + i for i in placed.negatives],
+                    text_key(question.text),
+                    text_key(normalize_answer(placed.answers[0])),
+                    *placed.span,
+                ),
+                sum(map(len, placed.answers)),
+            )
 
 
 class _Placed(msgspec.Struct):
@@ -190,9 +201,6 @@ class _ArticleRows:
         for text in dict.fromkeys(text for question in article.questions for text in question.negatives):
             self._negative_numbers[text] = len(self.passages)
             self.passages.append(Passage("", text, 0, len(text), count_tokens([text])[0]))
-
-    def keys(self) -> list[int]:
-        return [text_key(passage.text) for passage in self.passages]
 
     def place_questions(self) -> Iterable[tuple[Question, _Placed | str]]:
         """Every question with its place, or with the reason why it has none."""
@@ -261,13 +269,20 @@ class _ArticleRows:
         if not wanted or self.own == len(gold):
             return gold
         if self._normal is None:
-            self._normal = [normalize_answer(passage.text) for passage in self.passages[: self.own]]
+            self._normal = [_normalize_passage(passage.text) for passage in self.passages[: self.own]]
         holders = {i for i, text in enumerate(self._normal) if any(answer in text for answer in wanted)}
         return sorted(holders.union(gold))
 
     def _list_negatives(self, question: Question, known: list[int]) -> list[int]:
         positive = {self.passages[i].text for i in known}
         return [self._negative_numbers[text] for text in dict.fromkeys(question.negatives) if text not in positive]
+
+
+def _normalize_passage(text: str) -> str:
+    """A text as ``normalize_answer`` sees it, so that answers can be looked for in it."""
+    if not is_normalized("NFKC", text):
+        text = normalize("NFKC", text)
+    return text.lower().replace(" ", "").replace("\n", "") if text.isprintable() else "".join(text.lower().split())
 
 
 def _find_anywhere(text: str, context: str, answer: Answer) -> Span:

@@ -11,10 +11,16 @@ _BODY_STARTS = ("검색하러 가기</a>", "위키백과, 우리 모두의 백�
 _BODY_END = '>원본 주소 "'
 
 _GAP = "\x01"  # markup.PARAGRAPH: what is left out separates
-_OPENING = re.compile(r"<(?:(!--)|(script|style|math|head|title|template|svg)(?=[\s/>]))", re.I)
-_CLOSING = {
-    name: re.compile(rf"</{name}\s*>", re.I) for name in ("script", "style", "math", "head", "title", "template", "svg")
-}
+_ELEMENTS = ("script", "style", "math", "head", "title", "template", "svg")
+
+
+def _any_case(name: str) -> str:
+    """A pattern for a name in upper or lower case, faster than the flag: most tags fail at their first letter."""
+    return "".join(f"[{letter}{letter.upper()}]" for letter in name)
+
+
+_OPENING = re.compile(rf"<(?:(!--)|({'|'.join(map(_any_case, _ELEMENTS))})(?=[\s/>]))")
+_CLOSING = {name: re.compile(rf"</{_any_case(name)}\s*>") for name in _ELEMENTS}
 _RUNS_TO_END = ("script", "style")  # without a closing tag they swallow the rest, as in a browser
 _BODY_TAG = re.compile(r"<body[\s/>]", re.I)
 _FORMULA = re.compile(r"<annotation[^<>]*>([^<]*)</annotation>")

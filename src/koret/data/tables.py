@@ -49,7 +49,7 @@ QUESTIONS = pa.schema(
     ]
 )
 
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS, _ROW_CHARACTERS = 4_000_000, 100  # of a batch; of the numbers in a row
 
 
 def make_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
@@ -83,16 +83,15 @@ class TableWriter:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.rows = 0
         self._schema = schema
-        self._columns: list[list[Any]] = [[] for _ in schema]
+        self._waiting: list[tuple[Any, ...]] = []
         self._characters = 0
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, schema)
 
-    def append(self, *row: Any) -> int:
-        """Add a row; returns its number."""
-        for column, value in zip(self._columns, row, strict=True):
-            column.append(value)
-            self._characters += len(value) if isinstance(value, (str, list)) else 1
+    def append(self, row: tuple[Any, ...], characters: int = 0) -> int:
+        """Add a row with about this many characters of text; returns its number."""
+        self._waiting.append(row)
+        self._characters += characters + _ROW_CHARACTERS
         self.rows += 1
         if self._characters > _BATCH_CHARACTERS:
             self._flush()
@@ -104,8 +103,8 @@ class TableWriter:
         self._file.close()
 
     def _flush(self) -> None:
-        if self._columns[0]:
-            arrays = [make_array(column, f.type) for column, f in zip(self._columns, self._schema, strict=True)]
+        if self._waiting:
+            columns = zip(zip(*self._waiting, strict=True), self._schema, strict=True)
+            arrays = [make_array(values, field.type) for values, field in columns]
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-            self._columns = [[] for _ in self._schema]
-            self._characters = 0
+            self._waiting, self._characters = [], 0
