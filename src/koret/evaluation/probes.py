@@ -90,10 +90,10 @@ def change_queries(queries: Sequence[str], probe: str, seed: int = 0) -> list[st
 def _change_particles(queries: Sequence[str]) -> list[str]:
     changed = []
     for query, tokens in zip(queries, load_kiwi().tokenize(list(queries)), strict=True):
-        for token in reversed(tokens):  # from the end, so that earlier places stay right
-            end = token.start + token.len
+        for i in range(len(tokens) - 1, 0, -1):  # from the end, so that earlier places stay right
+            token, end = tokens[i], tokens[i].start + tokens[i].len
             swapped = _swap_particle(query[token.start : end], token.tag)
-            if swapped is not None:
+            if swapped is not None and tokens[i - 1].tag != "NP":  # 누가, 제가: the pronoun changes with its particle
                 query = query[: token.start] + swapped + query[end:]
         changed.append(query)
     return changed
