@@ -26,7 +26,7 @@ from koret.training.trainer import EmbeddingTrainer
 MODEL_FILES = {
     "1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json",
     "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json", "training_config.json",
-    "lora_weights/adapter_config.json", "lora_weights/adapter_model.safetensors",
+    "README.md", "lora_weights/adapter_config.json", "lora_weights/adapter_model.safetensors",
 }  # fmt: skip
 
 
@@ -159,6 +159,19 @@ def test_patience_stops_early(make_config, toy_data, silent):
     _, run = train(config, toy_data, silent)
     assert run.state == "finished" and run.status["step"] < run.status["total_steps"]
     assert "stopped early: 2 evaluations without a better score" in silent.file.getvalue()
+
+
+def test_the_plan_is_explained_without_leaving_anything(make_config, toy_data, silent, tmp_path):
+    trainer = EmbeddingTrainer(make_config(micro_batch_tokens=64), dataset=toy_data, console=silent)
+    trainer.explain_plan()
+    said = silent.file.getvalue()
+    assert "5 steps; a query sees at most 7 negatives" in said and "(GradCache)" in said
+    assert re.search(r"cost: \d+\.\d\d s a step.*about \d+:\d\d for 5 steps", said) and "memory: " in said
+    assert not (tmp_path / "runs").exists()
+    trainer.train()
+    unasked, _ = train(make_config(micro_batch_tokens=64), toy_data)
+    for name, parameter in trainer.parameters.items():
+        assert torch.equal(parameter, unasked.parameters[name])
 
 
 def test_accumulation_equals_the_mean_of_its_batches(make_config, toy_data, silent):
@@ -308,7 +321,7 @@ def stopped(make_config, toy_data, silent):
         {"num_epochs": 9}, {"max_steps": 4}, {"lora_r": 2}, {"positives": "answer"}, {"max_seq_length": 32},
         {"mask_false_negatives": False}, {"save_steps": 3}, {"warmup_steps": 3}, {"weight_decay": 0.5},
         {"precision": "bf16"}, {"train_split": 0.5}, {"max_samples": 50}, {"patience": 9}, {"use_lora": False},
-        {"micro_batch_tokens": 128}, {"model_name": "offline"},
+        {"micro_batch_tokens": 128},
     ],
 )  # fmt: skip
 def test_changed_settings_are_refused_by_name(stopped, toy_data, change):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from koret.config import TrainingConfig
+from koret.evaluation.model_card import format_model_card
 from koret.evaluation.outputs import save_report
 from koret.evaluation.report import EvaluationReport
 from koret.evaluation.scores import Scores
@@ -140,11 +141,14 @@ class RunRecord:
 
     # ------------------------------------------------------------ end
 
-    def publish_model(self, merged: TextEncoder, trained: TextEncoder) -> None:
-        """``model/`` in one rename: merged weights, settings, and the adapters in ``lora_weights``."""
+    def publish_model(self, merged: TextEncoder, trained: TextEncoder, report: EvaluationReport) -> None:
+        """``model/`` in one rename: merged weights, settings, model card, and the adapters in ``lora_weights``."""
+        config = scrub(self.config.to_dict())
+        card = format_model_card(config, self.job.report, report, dimensions=merged.dimensions)
         with stage_folder(self.path / "model") as folder:
             merged.save(folder)
-            write_json(folder / "training_config.json", scrub(self.config.to_dict()))
+            write_json(folder / "training_config.json", config)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             if self.config.use_lora:
                 save_adapter(trained, folder / "lora_weights", self.config.model_name)
 

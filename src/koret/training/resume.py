@@ -11,7 +11,8 @@ from koret.runs import Run, read_run
 
 # Settings that decide where things lie and what is shown, never a weight.
 HARMLESS = (
-    "dataset_root",  # the data's fingerprint is compared instead
+    "dataset_root",  # the fingerprints of data and base model are compared instead
+    "model_name",
     "num_workers",
     "cache_dir",
     "log_dir",

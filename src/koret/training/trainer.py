@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
@@ -23,11 +24,12 @@ from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights
 from koret.training.gradcache import embed_and_backward
 from koret.training.gradients import collect_values, group_by_module, measure_norms
 from koret.training.logbook import Terminal
-from koret.training.lora import get_lora_info, merge_lora, setup_lora_model
+from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.loss import info_nce
 from koret.training.measurements import Measurements, NumericFault
 from koret.training.memory import choose_micro_batch_tokens
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
+from koret.training.plan import TIMED_BATCHES, describe_cost, describe_plan
 from koret.training.preparation import Job, load_data, prepare_job, require_source
 from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
@@ -102,6 +104,24 @@ class EmbeddingTrainer:
             finally:
                 self.terminal.stop()
         return read_run(self.run_dir)
+
+    def explain_plan(self) -> None:
+        """Say what ``train`` would do and what it would cost, by trying a few batches; nothing is written."""
+        self._prepare()
+        for line in describe_plan(self.config, self.encoder, self.job, self.warmup):
+            self.terminal.say(line)
+        self.encoder.model.train()
+        steps = itertools.islice(self.job.schedule.steps_after(0), TIMED_BATCHES)
+        with torch.random.fork_rng():  # a training that follows draws what it would have drawn
+            for line in describe_cost(
+                (self.job.maker.make(step.batches[0]) for step in steps),
+                lambda batch: self._add_gradients(batch, share=1.0),
+                self.job.schedule.total,
+                self.config.gradient_accumulation_steps,
+                self.budget,
+            ):
+                self.terminal.say(line)
+        self.optimizer.adamw.zero_grad()
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now, on the held-out questions."""
@@ -232,7 +252,8 @@ class EmbeddingTrainer:
         }
         if self._resumed is None:
             self.record.describe(resolved, self.encoder, self.model_fingerprint)
-            self._explain_plan()
+            for line in (f"run {self.run_dir}", *describe_plan(self.config, self.encoder, self.job, self.warmup)):
+                self.terminal.say(line)
             self.record.open(self.at)
             return
         snapshot = self.record.reopen(resolved)
@@ -243,30 +264,6 @@ class EmbeddingTrainer:
             self.optimizer.restore_scaler(snapshot.progress["scaler"])
         self.terminal.say(f"{self.run_dir.name} goes on after step {self.at.step} of {self.job.schedule.total}")
         self.record.open(self.at)
-
-    def _explain_plan(self) -> None:
-        config, job, say = self.config, self.job, self.terminal.say
-        say(f"run {self.run_dir}")
-        say(f"model {config.model_name}: {self.encoder.path}, {self.encoder.precision} on {self.encoder.device.type}")
-        say(str(get_lora_info(self.encoder)) if config.use_lora else "every weight trains")
-        say(
-            f"data: {len(job.pairs):,} pairs from {job.report['training_articles']:,} articles; "
-            f"{len(job.evaluators[0].task.queries):,} questions of {job.report['held_out_articles']:,} other articles "
-            f"are scored over {len(job.evaluators[0].task.corpus):,} passages"
-        )
-        accumulated = (
-            f" (gradients of {config.gradient_accumulation_steps} batches are summed, which adds no negatives)"
-            if config.gradient_accumulation_steps > 1
-            else ""
-        )
-        say(
-            f"plan: {job.schedule.total:,} steps; a query sees at most {config.batch_size - 1} negatives, "
-            f"the other positives of its batch{accumulated}"
-        )
-        if self.warmup < config.warmup_steps:
-            say(f"warmup_steps {config.warmup_steps} is cut to {self.warmup}, a tenth of the run")
-        if job.schedule.dropped:
-            say(f"{job.schedule.dropped} pairs stand in batches without negatives and are left out")
 
     # ------------------------------------------------------------ now and then
 
@@ -343,7 +340,7 @@ class EmbeddingTrainer:
             report = conclude(self.job, self.config.model_name, self.record.read_scores("base"), scores)
         self.record.write_scores("final", best, scores)
         self.record.write_report(report)
-        self.record.publish_model(merged, self.encoder)
+        self.record.publish_model(merged, self.encoder, report)
         self.record.close_finished(self.at)
         self.terminal.stop()
         self.terminal.console.print(format_report(report, slices=False))

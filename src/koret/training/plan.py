@@ -1,0 +1,67 @@
+"""What a training is going to do, in words, and what a step of it costs."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from koret.config import TrainingConfig
+from koret.retrieval.encoder import TextEncoder
+from koret.training.batches import Batch, cut_micro_batches
+from koret.training.lora import get_lora_info
+from koret.training.preparation import Job
+
+TIMED_BATCHES = 3
+
+
+def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup: int) -> list[str]:
+    """Model, adapters, data, steps and negatives, a line each."""
+    task, total = job.evaluators[0].task, job.schedule.total
+    lines = [
+        f"model {config.model_name}: {encoder.path}, {encoder.precision} on {encoder.device.type}",
+        str(get_lora_info(encoder)) if config.use_lora else "every weight trains",
+        f"data: {len(job.pairs):,} pairs from {len(job.train):,} articles; {len(task.queries):,} questions of "
+        f"{len(job.held_out):,} other articles are scored over {len(task.corpus):,} passages",
+        f"plan: {total:,} steps; a query sees at most {config.batch_size - 1} negatives, the other positives of its batch"
+        + (", and the curated negatives there" if job.report["hard_negatives"] else ""),
+    ]
+    if config.gradient_accumulation_steps > 1:
+        lines.append(f"gradients of {config.gradient_accumulation_steps} batches are summed, which adds no negatives")
+    if warmup < config.warmup_steps:
+        lines.append(f"warmup_steps {config.warmup_steps} is cut to {warmup}, a tenth of the run")
+    if job.schedule.dropped:
+        lines.append(f"{job.schedule.dropped} pairs stand in batches without negatives and are left out")
+    for name, count in (("questions", job.report["queries_cut"]), ("targets", job.report["targets_cut"])):
+        if count:
+            lines.append(f"{count:,} {name} are longer than {encoder.max_seq_length} tokens and are cut")
+    return lines
+
+
+def describe_cost(
+    batches: Iterable[Batch], add_gradients: Callable[[Batch], torch.Tensor], steps: int, per_step: int, budget: int
+) -> list[str]:
+    """Run a few batches forward and backward and say what that means for the whole training; scoring is not counted."""
+    seconds, pieces = [], 1
+    for batch in batches:
+        began = time.perf_counter()
+        add_gradients(batch).cpu()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+        pieces = max(pieces, len(cut_micro_batches(batch.texts, budget)))
+    step = per_step * min(seconds)
+    chunks = f", encoded in up to {pieces} pieces of {budget:,} tokens (GradCache)" if pieces > 1 else ""
+    minutes, rest = divmod(round(step * steps), 60)
+    return [
+        f"cost: {step:.2f} s a step{chunks}; about {minutes}:{rest:02d} for {steps:,} steps, scoring not counted",
+        f"memory: {_read_peak() / 2**30:.1f} GB at its peak so far",
+    ]
+
+
+def _read_peak() -> int:
+    """Most bytes held: on the GPU where one is used, else by this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
