@@ -54,3 +54,30 @@ def make_dataset(articles):
     schemas = {"articles": ARTICLES, "passages": PASSAGES, "questions": QUESTIONS}
     built = {name: pa.Table.from_pylist(rows, schemas[name]) for name, rows in tables.items()}
     return Dataset(**built, fingerprint="f" * 64, report={})
+
+
+def build_tiny_encoder(folder, seed=1):
+    """A TextEncoder over a 2-layer BERT of width 32 with random weights that reads Korean syllable by syllable."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from koret.retrieval.encoder import load_encoder
+
+    syllables = [chr(code) for code in range(0xAC00, 0xD7A4)]
+    pieces = [*"0123456789?.", *"query:passage", *syllables]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(pieces)]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, **special).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(names), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return load_encoder(folder, device="cpu")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from koret.evaluation.evaluator import Encoder, Evaluator
+from koret.evaluation.evaluator import Encoder, Evaluator, open_encoder
 from koret.evaluation.metrics import PRIMARY, mark_hits
 from koret.evaluation.scores import Scores, Verdict, judge
-from koret.evaluation.tasks import RetrievalTask
+from koret.evaluation.selection import find_runs, open_data, select_questions
+from koret.evaluation.tasks import Kind, RetrievalTask
+
+if TYPE_CHECKING:
+    from koret.data.loader import Dataset
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,33 @@ class Comparison:
         }
 
 
+def compare_models(
+    model_a: str | Path | Encoder,
+    model_b: str | Path | Encoder,
+    dataset_root: str | Path | Dataset,
+    *,
+    kind: Kind = "passage",
+    split: str = "auto",
+    max_queries: int | None = None,
+    max_seq_length: int | None = None,
+    moves: int = 20,
+    progress: bool = False,
+    **loading: Any,
+) -> Comparison:
+    """Compare two models on a data set; arguments as for ``evaluator.evaluate``.
+
+    With ``split`` 'auto', models trained on this data are asked what all of them held out.
+    """
+    names = _tell_apart(model_a, model_b)
+    a, b = open_encoder(model_a, max_seq_length), open_encoder(model_b, max_seq_length)
+    trained = find_runs(model_b, model_a)
+    chosen = select_questions(
+        *open_data(dataset_root, b.encoder, trained, progress=progress, **loading),
+        trained=trained, kinds=(kind,), split=split, max_queries=max_queries,
+    )  # fmt: skip
+    return compare(a, b, chosen.tasks[0], names=names, moves=moves, progress=progress)
+
+
 def compare(
     encoder_a: Encoder,
     encoder_b: Encoder,
@@ -77,9 +109,7 @@ def compare(
 
     Two models of the same name are called A and B.
     """
-    if names is None:
-        names = getattr(encoder_a, "name", "A"), getattr(encoder_b, "name", "B")
-        names = ("A", "B") if names[0] == names[1] else names
+    names = names or _tell_apart(encoder_a, encoder_b)
     evaluator = Evaluator(task)
     a = evaluator.score(encoder_a, names[0], progress=progress)
     b = evaluator.score(encoder_b, names[1], progress=progress)
@@ -125,3 +155,10 @@ def _find_ranks(scores: Scores, task: RetrievalTask) -> list[int | None]:
     """The rank of the first right text of every query, None where it is not among the results."""
     hits, _ = mark_hits(scores.rankings, task.relevant)
     return [int(row.argmax()) + 1 if row.any() else None for row in hits]
+
+
+def _tell_apart(model_a: Any, model_b: Any) -> tuple[str, str]:
+    """Two names for two models: last parts of their paths, or A and B where those are equal."""
+    names = [str(getattr(model, "name", model)).rstrip("/") for model in (model_a, model_b)]
+    short = [Path(name.removesuffix("/model")).name for name in names]
+    return ("A", "B") if short[0] == short[1] else (short[0], short[1])

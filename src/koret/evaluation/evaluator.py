@@ -15,7 +15,7 @@ from koret.evaluation.metrics import DEPTH, KS, PRIMARY, compute_metrics
 from koret.evaluation.probes import run_probes
 from koret.evaluation.report import EvaluationReport, Section, build_section
 from koret.evaluation.scores import Scores
-from koret.evaluation.selection import find_run, open_data, select_questions
+from koret.evaluation.selection import find_runs, open_data, select_questions
 from koret.evaluation.slices import label_queries
 from koret.evaluation.tasks import Kind, RetrievalTask
 from koret.retrieval.exact import find_top_k
@@ -195,13 +195,13 @@ def evaluate(
     The report's ``verdict`` is '' without a baseline. Raises ValueError or FileNotFoundError saying what is wrong.
     """
     start = time.perf_counter()
-    run = find_run(model) if isinstance(model, (str, Path)) else None
-    encoders = {"model": _open(model, max_seq_length)}
+    trained = find_runs(model, baseline)
+    encoders = {"model": open_encoder(model, max_seq_length)}
     if baseline is not None:
-        encoders["base"] = _open(baseline, max_seq_length)
+        encoders["base"] = open_encoder(baseline, max_seq_length)
     chosen = select_questions(
-        *open_data(dataset_root, encoders["model"].encoder, run, progress=progress, **loading),
-        run=run, kinds=kinds, split=split, max_queries=max_queries,
+        *open_data(dataset_root, encoders["model"].encoder, trained, progress=progress, **loading),
+        trained=trained, kinds=kinds, split=split, max_queries=max_queries,
     )  # fmt: skip
     others = [read_beir(folder) for folder in extra]
     loaded = time.perf_counter()
@@ -271,7 +271,8 @@ def _tune_weight(task: RetrievalTask | None, encoder: Encoder, progress: bool) -
     return max(weights, key=lambda w: evaluator.score_fusion(dense, lexical, w).metrics[PRIMARY[0]])
 
 
-def _open(model: str | Path | Encoder, max_seq_length: int | None) -> Remembering:
+def open_encoder(model: str | Path | Encoder, max_seq_length: int | None) -> Remembering:
+    """A model by path or name, or an encoder, as one that remembers."""
     if not isinstance(model, (str, Path)):
         return Remembering(model)
     from koret.retrieval.encoder import load_encoder

@@ -6,20 +6,20 @@ Letters: Q queries, K ranks.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from koret.evaluation.html_report import save_html
 from koret.evaluation.metrics import PRIMARY, mark_hits
-from koret.evaluation.report import EvaluationReport
+from koret.evaluation.plots import save_plots
+from koret.evaluation.report import EvaluationReport, make_name
 from koret.evaluation.scores import Scores
 from koret.evaluation.tasks import RetrievalTask
 from koret.files import write_file, write_json
 
-_NOT_PLAIN = re.compile(r"[^0-9A-Za-z가-힣]+")
 LISTED_RANKS = 10
 
 
@@ -35,9 +35,6 @@ def save_report(report: EvaluationReport, folder: str | Path, *, figures: bool =
     for section in (*report.sections, *report.extra):
         files.append(save_queries(section.task, section.scores, folder))
     if figures:
-        from koret.evaluation.html_report import save_html
-        from koret.evaluation.plots import save_plots
-
         files += save_plots(report, folder)
         files.append(save_html(report, folder / "report.html"))
     return files
@@ -114,11 +111,6 @@ def _fall_strictly(scores: np.ndarray) -> list[float]:
             score = np.nextafter(np.float32(falling[-1]), np.float32(-np.inf))
         falling.append(float(score))
     return falling
-
-
-def make_name(text: str) -> str:
-    """A file name of letters, digits and dashes."""
-    return _NOT_PLAIN.sub("-", text).strip("-").lower() or "task"
 
 
 def _make_token(id_: str) -> str:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from koret.evaluation.metrics import PRIMARY
-from koret.evaluation.outputs import make_name
-from koret.evaluation.report import EvaluationReport, Row, Section
+from koret.evaluation.report import EvaluationReport, Row, Section, make_name
 from koret.evaluation.scores import label
 from koret.evaluation.significance import Interval
 from koret.figures import BLUE, GRAY, INK, ORANGE, RULE, make_figure, save_figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from koret.evaluation.audit import Audit
     from koret.evaluation.probes import Probe
 
+_NOT_PLAIN = re.compile(r"[^0-9A-Za-z가-힣]+")
 CURVE_KS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 75, 100)
 
 
@@ -176,6 +178,11 @@ def build_section(
     if labels:
         section.slices = measure_slices(labels, task.groups, model, base, strongest, [s for _, s in present])
     return section
+
+
+def make_name(text: str) -> str:
+    """A file name of letters, digits and dashes."""
+    return _NOT_PLAIN.sub("-", text).strip("-").lower() or "task"
 
 
 def _build_row(task: RetrievalTask, role: str, scores: Scores) -> Row:

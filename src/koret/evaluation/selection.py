@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,28 +76,32 @@ def select_questions(
     dataset: Dataset,
     training_data: Dataset | None = None,
     *,
-    run: runs.Run | None = None,
+    trained: Sequence[runs.Run] = (),
     kinds: Sequence[Kind] = ("passage", "answer"),
     split: str = "auto",
     max_queries: int | None = None,
 ) -> Selection:
     """Choose the questions of ``dataset`` and build the tasks.
 
-    ``run`` is the run the model comes from, ``training_data`` what it was trained on when that is another data set.
-    ``auto`` asks what the run held out if it was trained on ``dataset``, else every question. ``held-out`` without
-    such a run uses the default split. Raises ValueError for an unknown split.
+    ``trained`` are the runs the models come from, ``training_data`` what the first was trained on when that is another
+    data set. ``auto`` asks what the runs trained on ``dataset`` held out (all of them, when there are several), else
+    every question. ``held-out`` without such a run uses the default split. Raises ValueError for an unknown split, or
+    when the runs held out no article in common.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    own = run is not None and run.data.get("fingerprint") == dataset.fingerprint
-    settings = TrainingConfig(**run.config) if own else TrainingConfig()
+    own = [TrainingConfig(**run.config) for run in trained if run.data.get("fingerprint") == dataset.fingerprint]
+    settings = own[0] if own else TrainingConfig()
     everything = np.arange(dataset.articles.num_rows)
     train, held_out = everything[:0], everything
-    if own or split == "held-out":
-        train, held_out = split_articles(dataset, settings.train_split, settings.seed)
-    training = take_training(dataset, train, "this run's training articles") if own else None
-    if training is None and run is not None and training_data is not None:
-        config = TrainingConfig(**run.config)
+    for config in own or ([settings] if split == "held-out" else []):
+        theirs, kept = split_articles(dataset, config.train_split, config.seed)
+        train, held_out = np.union1d(train, theirs), np.intersect1d(held_out, kept)
+    if not len(held_out):
+        raise ValueError("the runs were trained with different splits and held out no article in common")
+    training = take_training(dataset, train, "the runs' training articles") if own else None
+    if training is None and trained and training_data is not None:
+        config = TrainingConfig(**trained[0].config)
         theirs, _ = split_articles(training_data, config.train_split, config.seed)
         training = take_training(training_data, theirs, f"training articles of {Path(config.dataset_root).name}")
     split = "held-out" if split == "held-out" or (split == "auto" and own) else "all"
@@ -109,11 +114,11 @@ def select_questions(
 
 
 def open_data(
-    source: str | Path | Dataset, encoder: Any, run: runs.Run | None = None, **loading: Any
+    source: str | Path | Dataset, encoder: Any, trained: Sequence[runs.Run] = (), **loading: Any
 ) -> tuple[Dataset, Dataset | None]:
-    """The data set to ask about, and what the run was trained on where that is another set and still there.
+    """The data set to ask about, and what the first run was trained on where that is another set and still there.
 
-    Pages are cut into passages as the run cut them, else to the encoder's length by its tokens. ``loading`` goes to
+    Pages are cut into passages as that run cut them, else to the encoder's length by its tokens. ``loading`` goes to
     ``load_dataset``.
     """
     if not isinstance(source, (str, Path)):
@@ -121,11 +126,11 @@ def open_data(
     settings: dict[str, Any] = {"max_seq_length": getattr(encoder, "max_seq_length", 256), **loading}
     if hasattr(encoder, "export_tokenizer"):
         settings["tokenizer"] = encoder.export_tokenizer(find_cache_dir(loading.get("cache_dir")) / "tokenizers")
-    if run is not None:
-        config = TrainingConfig(**run.config)
+    if trained:
+        config = TrainingConfig(**trained[0].config)
         settings |= {"max_seq_length": config.max_seq_length, "passage_tokens": config.passage_tokens}
     dataset = load_dataset(source, **settings)
-    if run is None or run.data.get("fingerprint") == dataset.fingerprint:
+    if not trained or trained[0].data.get("fingerprint") == dataset.fingerprint:
         return dataset, None
     try:
         return dataset, load_dataset(config.dataset_root, **settings)
@@ -133,9 +138,11 @@ def open_data(
         return dataset, None
 
 
-def find_run(model: str | Path) -> runs.Run | None:
-    """The run a model comes from, or None."""
-    try:
-        return runs.read_run(runs.resolve_model(model))
-    except FileNotFoundError:
-        return None
+def find_runs(*models: Any) -> list[runs.Run]:
+    """The runs that models named by path or name come from; others are passed over."""
+    found = []
+    for model in models:
+        if isinstance(model, (str, Path)):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(runs.read_run(runs.resolve_model(model)))
+    return found

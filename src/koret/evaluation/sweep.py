@@ -15,7 +15,7 @@ from koret.evaluation.beir import read_beir
 from koret.evaluation.evaluator import Evaluator
 from koret.evaluation.metrics import PRIMARY
 from koret.evaluation.scores import Scores, Verdict, judge, label
-from koret.evaluation.selection import find_run, open_data, select_questions
+from koret.evaluation.selection import find_runs, open_data, select_questions
 from koret.evaluation.significance import Interval, bootstrap_interval
 from koret.evaluation.tasks import RetrievalTask
 
@@ -95,10 +95,10 @@ def sweep(
     chosen model there. Other arguments are those of ``evaluate``. Raises ValueError when the two models do not have
     the same tensors.
     """
-    tuned, base, run = _open_pair(model, baseline)
+    tuned, base, trained = _open_pair(model, baseline)
     chosen = select_questions(
-        *open_data(dataset_root, tuned, run, progress=progress, **loading),
-        run=run, kinds=("passage",), split=split, max_queries=max_queries,
+        *open_data(dataset_root, tuned, trained, progress=progress, **loading),
+        trained=trained, kinds=("passage",), split=split, max_queries=max_queries,
     )  # fmt: skip
     tasks = [*chosen.tasks, *(read_beir(folder) for folder in extra)]
     return sweep_encoders(tuned, base, tasks, weights=weights, save=save, progress=progress)
@@ -199,13 +199,13 @@ def _open_pair(
 ) -> tuple[TextEncoder, TextEncoder, Any]:
     from koret.retrieval.encoder import load_encoder
 
-    run = find_run(model) if isinstance(model, (str, Path)) else None
+    trained = find_runs(model)
     tuned = load_encoder(model) if isinstance(model, (str, Path)) else model
     if baseline is None:
-        if run is None:
+        if not trained:
             name = getattr(tuned, "name", model)
             raise ValueError(f"{name} is not a run, so its base is not known: name it (baseline)")
-        baseline = run.config["model_name"]
+        baseline = trained[0].config["model_name"]
     if isinstance(baseline, (str, Path)):
         baseline = load_encoder(baseline, max_seq_length=tuned.max_seq_length)
-    return tuned, baseline, run
+    return tuned, baseline, trained
