@@ -12,14 +12,13 @@ Both splits keep the lengths of what went in and what came out, which is the map
 
 from __future__ import annotations
 
-import html
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from unicodedata import is_normalized, normalize
 
-from koret.data.regions import Region, find_body, find_regions
+from koret.data.regions import ENTITY, Region, decode_entity, find_body, find_regions
 
 Span = tuple[int, int]
 
@@ -56,15 +55,14 @@ _EDIT_LINK = (
     r"<span[^<>]*>\]</span></span>"
 )
 _BACKLINK = r"pan[^<>]*><a[^<>]*>↑</a></span>\s?"
+_MARK = r"[^<>\[\]]{0,30}(?:</?(?:[abi]|span)(?:\s[^<>]*)?>[^<>\[\]]{0,30}){0,8}"
 _REFERENCE = (
-    r"up[^<>]*>(?:(?:<[a-z][^<>]*>){0,3}(?:\[|&#91;)(?:</span>)?(?:<[abi][^<>]*>){0,2}[^<>\[\]]{1,30}"
-    r"(?:</[abi]>){0,2}(?:<span[^<>]*>)?(?:\]|&#93;)(?:</[a-z]{1,5}>){0,3}\s?){1,6}</sup>"
+    rf"up[^<>]*>(?:(?:<[a-z][^<>]*>){{0,3}}(?:\[|&#91;){_MARK}(?:\]|&#93;)(?:</[a-z]{{1,5}}>){{0,3}}\s?){{1,6}}</sup>"
 )
 _RUBY_BRACKET = r"p>\s?<rt[^<>]*>|t>\s?<rp[^<>]*>"
-_ENTITY = r"&(?:#[0-9]{1,20}(?![0-9]);?|#[xX][0-9a-fA-F]{1,16}(?![0-9a-fA-F]);?|[a-zA-Z][a-zA-Z0-9]{1,31};?)"
 # Every alternative ends at the next angle bracket or at a fixed bound: no input makes this quadratic.
 _TAG = f"<(?:s(?:{_EDIT_LINK}|{_BACKLINK}|{_REFERENCE})|/r(?:{_RUBY_BRACKET})|{_ANY_TAG})"
-_TAGS, _TAGS_AND_ENTITIES = re.compile(f"({_TAG})"), re.compile(f"({_TAG}|{_ENTITY})")
+_TAGS, _TAGS_AND_ENTITIES = re.compile(f"({_TAG})"), re.compile(f"({_TAG}|{ENTITY})")
 _TAG_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
 _RUN = re.escape(SPACES + INVISIBLE + MARKERS)
 _SEPARATORS = re.compile(f"([{_RUN}](?:[{_RUN}]+|(?<! )))")  # a lone space stays where it is
@@ -85,14 +83,10 @@ class _TagMarks(dict):
     """Tag or entity -> what replaces it, computed once for each distinct short one."""
 
     def __missing__(self, token: str) -> str:
-        mark = _decode(token) if token[0] == "&" else _mark_tag(token)
+        mark = decode_entity(token) if token[0] == "&" else _mark_tag(token)
         if len(token) <= _MEMO_LENGTH and len(self) < _MEMO_LIMIT:
             self[token] = mark
         return mark
-
-
-def _decode(entity: str) -> str:
-    return html.unescape(entity).translate(_NO_CONTROLS)
 
 
 def _mark_tag(token: str) -> str:
@@ -331,11 +325,13 @@ def _hide_quoted_brackets(text: str) -> str:
         opened, closed = text.rfind("<", done, start), text.rfind(">", done, start)
         if opened != closed:
             in_tag = opened > closed and text[opened + 1 : opened + 2].isalpha()
-        stop = text.find(match[1] or match[2], match.end(), match.end() + _LONGEST_VALUE) if in_tag else -1
+        before = max(opened, done)  # an odd number of quotes: this one closes a value (`colspan="1 style=">`)
+        is_value = in_tag and not text.count('"', before, start) % 2 and not text.count("'", before, start) % 2
+        stop = text.find(match[1] or match[2], match.end(), match.end() + _LONGEST_VALUE) if is_value else -1
         if stop < 0:
-            stop = match.end() - 1
-            pieces.append(text[done:stop])
+            stop = match.end() - 2
+            pieces.append(text[done : stop + 1])
         else:
-            pieces += text[done:start], text[start:stop].translate(_NO_BRACKETS)
-        done = stop
+            pieces += text[done:start], text[start : stop + 1].translate(_NO_BRACKETS)
+        done = stop + 1
     return "".join(pieces) + text[done:] if pieces else text

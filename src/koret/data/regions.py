@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 Region = tuple[int, int, str]  # start, end, what stands there instead
@@ -23,6 +24,9 @@ _OPENING = re.compile(rf"<(?:(!--)|({'|'.join(map(_any_case, _ELEMENTS))})(?=[\s
 _CLOSING = {name: re.compile(rf"</{_any_case(name)}\s*>") for name in _ELEMENTS}
 _RUNS_TO_END = ("script", "style")  # without a closing tag they swallow the rest, as in a browser
 _BODY_TAG = re.compile(r"<body[\s/>]", re.I)
+# Bounded: `html.unescape` refuses numbers of thousands of digits.
+ENTITY = r"&(?:#[0-9]{1,20}(?![0-9]);?|#[xX][0-9a-fA-F]{1,16}(?![0-9a-fA-F]);?|[a-zA-Z][a-zA-Z0-9]{1,31};?)"
+_ENTITY, _CONTROL = re.compile(ENTITY), re.compile(r"[\x00-\x1f\x7f]")
 _FORMULA = re.compile(r"<annotation[^<>]*>([^<]*)</annotation>")
 _ANY_TAG = re.compile(r"<[^<>]*>")
 _CONTENTS = re.compile(r"<div[^<>]*>\s?(?:<input[^<>]*>\s?)?<div[^<>]*>\s?<h2[^<>]*>목차</h2>")
@@ -85,12 +89,17 @@ def _find_close(text: str, name: str, position: int, end: int) -> int:
     return end if name in _RUNS_TO_END else -1
 
 
+def decode_entity(entity: str) -> str:
+    """The characters an entity stands for, control characters as spaces."""
+    return _CONTROL.sub(" ", html.unescape(entity))
+
+
 def _read_formula(element: str) -> str:
     annotation = _FORMULA.search(element)
     formula = annotation[1].strip() if annotation else _ANY_TAG.sub("", element)
     if formula.startswith("{\\displaystyle") and formula.endswith("}"):
         formula = formula[len("{\\displaystyle") : -1].strip()
-    return f" {formula} "
+    return f" {_ENTITY.sub(lambda entity: decode_entity(entity[0]), formula)} "
 
 
 def _find_contents(text: str, begin: int, end: int) -> list[Region]:
