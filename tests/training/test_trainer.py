@@ -430,3 +430,34 @@ def test_every_setting_as_used_is_saved(trained):
 def test_importing_the_trainer_does_not_start_anything():
     code = "import koret.training.trainer, signal; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_workers_do_not_change_the_weights(make_config, toy_data, tmp_path):
+    """The same files read by 0, 1 and 4 processes: the same data set, the same batches, the same bits."""
+    passages = toy_data.passages.to_pylist()
+    for number, article in enumerate(toy_data.articles.to_pylist()):
+        first, count = article["first_passage"], article["passage_count"]
+        paragraphs = [
+            {
+                "context": passages[row]["text"],
+                "qas": [
+                    {"id": q["id"], "question": q["text"],
+                     "answers": [{"text": q["answers"][0], "answer_start": q["answer_start"]}]}  # fmt: skip
+                    for q in toy_data.questions.to_pylist()
+                    if q["best"] == row
+                ],
+            }
+            for row in range(first, first + count)
+        ]
+        file = tmp_path / "data" / f"part{number:02d}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"data": [{"title": article["title"], "paragraphs": paragraphs}]}), encoding="utf-8")
+    weights = []
+    for workers in (0, 1, 4):
+        config = make_config(
+            dataset_root=str(tmp_path / "data"), num_workers=workers, cache_dir=str(tmp_path / f"cache{workers}")
+        )
+        trainer, run = train(config, None)
+        weights.append({n: p.detach().numpy().tobytes() for n, p in trainer.parameters.items()})
+    assert run.data["questions"] == toy_data.questions.num_rows
+    assert weights[0] == weights[1] == weights[2]

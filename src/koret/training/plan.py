@@ -26,8 +26,8 @@ def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup
         str(get_lora_info(encoder)) if config.use_lora else "every weight trains",
         f"data: {len(job.pairs):,} pairs from {len(job.train):,} articles; {len(task.queries):,} questions of "
         f"{len(job.held_out):,} other articles are scored over {len(task.corpus):,} passages",
-        f"plan: {total:,} steps; a query sees at most {config.batch_size - 1} negatives, the other positives of its batch"
-        + (", and the curated negatives there" if job.report["hard_negatives"] else ""),
+        f"plan: {total:,} steps; a query sees at most {config.batch_size - 1} negatives, the other targets of its batch"
+        + (" and the curated negatives there" if job.report["hard_negatives"] else ""),
     ]
     if config.gradient_accumulation_steps > 1:
         lines.append(f"gradients of {config.gradient_accumulation_steps} batches are summed, which adds no negatives")
