@@ -68,8 +68,9 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("koret").setLevel(logging.INFO)
+    said = logging.StreamHandler()
+    said.setLevel(logging.WARNING)  # on the handler: some libraries set their own loggers to DEBUG
+    logging.basicConfig(format="%(message)s", handlers=[said])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(add("train", "fine-tune a model and prove what it gained"))
     _add_evaluate(add("evaluate", "score a model on a data set, with intervals and baselines"))
     _add_compare(add("compare", "wins and losses of one model against another, query by query"))
+    _add_sweep(add("sweep", "how much of a tuning to keep: scores between base and tuned, at home and elsewhere"))
     _add_search(add("search", "find the passages that answer a question"))
     _add_runs(add("runs", "list runs, show one, or compare several"))
     _add_tensorboard(add("tensorboard", "show the runs in TensorBoard"))
@@ -174,6 +176,29 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
         "--moves", type=int, default=20, metavar="N", help="largest moves shown either way (default 20)"
     )
     command.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    _add_data_options(command)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="run, model directory or 'latest'")
+    command.add_argument("--dataset-root", required=True, metavar="DATA", help="the set it was tuned for")
+    command.add_argument("--baseline", metavar="BASE", help="default: what the run was tuned from")
+    command.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0],
+        metavar="W",
+        help="shares of the tuning",
+    )
+    command.add_argument(
+        "--extra", metavar="DIR", action="append", default=[], help="a BEIR-layout set not to get worse on"
+    )
+    command.add_argument("--split", choices=["auto", "all", "held-out"], default="auto")
+    command.add_argument("--max-queries", type=int, metavar="N", help="ask at most N questions")
+    command.add_argument("--save", metavar="DIR", help="write the chosen model here")
+    command.add_argument("--plot", metavar="FILE", help="draw the trade-off (PNG or SVG)")
+    command.add_argument("--json", action="store_true", help="print as JSON")
     _add_data_options(command)
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -93,8 +94,8 @@ def search(options: argparse.Namespace) -> None:
 
     if not options.query.strip():
         raise ValueError("the question is empty")
-    passages = read_passages(options)
-    hits = E5KorQuADInference(options.model).search(options.query, passages, top_k=options.top_k)
+    model = E5KorQuADInference(options.model)
+    hits = model.search(options.query, read_passages(options, model.encoder), top_k=options.top_k)
     if options.json:
         print_json(hits)
         return
@@ -103,14 +104,12 @@ def search(options: argparse.Namespace) -> None:
         console.print(f"[bold]{hit['rank']:>2}[/]  {hit['score']:.4f}  {escape(hit['passage'])}\n", highlight=False)
 
 
-def read_passages(options: argparse.Namespace) -> list[str]:
+def read_passages(options: argparse.Namespace, encoder: Any) -> list[str]:
     """The passages to search: a text file's lines, a data set's passages, or those the run was trained on."""
-    source = options.passages
-    if source is None:
-        try:
-            source = runs.read_run(runs.resolve_model(options.model)).config.get("dataset_root", "sample")
-        except (FileNotFoundError, ValueError):
-            source = "sample"
+    from koret.evaluation.selection import find_runs, open_data
+
+    trained = find_runs(options.model)
+    source = options.passages or (trained[0].config["dataset_root"] if trained else "sample")
     if source.endswith(".txt"):
         try:
             lines = Path(source).read_text(encoding="utf-8").splitlines()
@@ -118,10 +117,9 @@ def read_passages(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
         passages = [line.strip() for line in lines if line.strip()]
     else:
-        from koret.data.loader import load_dataset
         from koret.data.passages import join_heading
 
-        table = load_dataset(source).passages
+        table = open_data(source, encoder, trained)[0].passages
         columns = table.column("heading").to_pylist(), table.column("text").to_pylist()
         passages = list(dict.fromkeys(join_heading(heading, text) for heading, text in zip(*columns, strict=True)))
     if not passages:
@@ -180,8 +178,9 @@ def summarize_run(run: runs.Run) -> dict[str, Any]:
 
 
 def tabulate_runs(found: list[runs.Run]) -> Table:
-    table = Table(title="runs, oldest first")
-    for name in ("run", "state", "model", "data", "positives", "nDCG@10 base", "tuned", "verdict"):
+    table = Table("run", "state", title="runs, oldest first", box=SIMPLE_HEAD)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for name in ("model", "data", "positives", "base nDCG@10", "tuned", "verdict"):
         table.add_column(name, overflow="fold")
     for run in found:
         record = summarize_run(run)
@@ -212,7 +211,7 @@ RUN_PARTS = ("config", "data", "base", "final", "verdict")
 
 
 def tabulate_differences(names: list[str], rows: list[runs.Difference]) -> Table:
-    table = Table(title="≠ marks what differs")
+    table = Table(title="≠ marks what differs", box=SIMPLE_HEAD)
     for name in ("", "", *names):
         table.add_column(name, overflow="fold")
     group = None
@@ -344,12 +343,61 @@ def evaluate(options: argparse.Namespace) -> None:
         tables.print_report(report, open_console())
 
 
+def compare(options: argparse.Namespace) -> None:
+    from koret.evaluation import comparison, tables
+
+    found = comparison.compare_models(
+        options.model_a,
+        options.model_b,
+        options.dataset_root,
+        split=options.split,
+        max_queries=options.max_queries,
+        moves=options.moves,
+        progress=sys.stderr.isatty(),
+        **loading_options(options),
+    )
+    if options.json:
+        print_json(found.to_dict())
+    else:
+        open_console().print(tables.format_comparison(found))
+
+
+def sweep(options: argparse.Namespace) -> None:
+    from koret.evaluation import sweep as sweeping
+    from koret.figures import save_figure
+
+    found = sweeping.sweep(
+        options.model,
+        options.dataset_root,
+        baseline=options.baseline,
+        weights=options.weights,
+        extra=options.extra,
+        split=options.split,
+        max_queries=options.max_queries,
+        save=options.save,
+        progress=sys.stderr.isatty(),
+        **loading_options(options),
+    )
+    if options.plot:
+        save_figure(sweeping.draw_sweep(found), Path(options.plot))
+    if options.json:
+        print_json(found.to_dict())
+        return
+    table = Table("strength", *(escape(task) for task in found.tasks), title="nDCG@10 between base and tuned")
+    for point in found.points:
+        cells = [f"{s.mean:.3f} {s.low:.3f}–{s.high:.3f}" for s in point.scores.values()]
+        table.add_row(f"{point.weight:g}", *cells, style="bold" if point.weight == found.chosen else None)
+    open_console().print(table, found.sentence)
+
+
 def loading_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"num_workers": options.num_workers, "strict": options.strict, "max_bad": options.max_bad}
 
 
 COMMANDS = {
     "evaluate": evaluate,
+    "compare": compare,
+    "sweep": sweep,
     "train": train,
     "download": download,
     "stats": show_stats,
