@@ -44,6 +44,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Wait for, then hold, the lock file ``path``; the system releases it however the process ends."""
+    import fcntl
+
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def stage_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` in one rename once everything in it has reached the device.
 

@@ -22,7 +22,7 @@ from koret.data.sources import DataError, Source, find_sources
 from koret.data.tables import ARTICLES as ARTICLES
 from koret.data.tables import PASSAGES as PASSAGES
 from koret.data.tables import QUESTIONS as QUESTIONS
-from koret.files import stage_folder, write_json
+from koret.files import hold_lock, stage_folder, write_json
 
 SAMPLE = Path(__file__).parent / "sample" / "korquad2.1_sample.json"
 DEFAULT_MAX_BAD = 0.001
@@ -88,8 +88,12 @@ def load_dataset(
     folder = find_cache_dir(cache_dir) / "datasets" / _make_key(sources, ignored, settings)
     dataset = _open_prepared(folder)
     if dataset is None:
-        _prepare(root, sources, ignored, settings, folder, num_workers, progress)
-        dataset = _open_prepared(folder)
+        _make_parent(folder)
+        with hold_lock(folder.with_suffix(".lock")):  # a second process waits, then finds the work done
+            dataset = _open_prepared(folder)
+            if dataset is None:
+                _prepare(root, sources, ignored, settings, folder, num_workers, progress)
+                dataset = _open_prepared(folder)
         if dataset is None:
             raise DataError(f"the prepared data in {folder} vanished while it was opened: run again")
     _check_report(dataset, max_bad)
@@ -159,13 +163,6 @@ def _prepare(
 ) -> None:
     """Build the data set in ``folder``: workers write shards, which are joined, checked and renamed into place."""
     started = time.perf_counter()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"prepared data cannot be written to {folder.parent}: {error.strerror}. Name another folder with cache_dir "
-            "or the variable KORET_CACHE"
-        ) from error
     with stage_folder(folder) as staging:
         shards = staging / "shards"
         shards.mkdir()
@@ -186,6 +183,16 @@ def _prepare(
                 "report": report,
             },
         )
+
+
+def _make_parent(folder: Path) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"prepared data cannot be written to {folder.parent}: {error.strerror}. Name another folder with cache_dir "
+            "or the variable KORET_CACHE"
+        ) from error
 
 
 def _describe(settings: Settings) -> str:
