@@ -30,6 +30,10 @@ class _Result(msgspec.Struct):
     crash: str = ""  # a traceback: ours
 
 
+_encode = msgspec.json.Encoder(enc_hook=str).encode  # paths as text
+_decode_job = msgspec.json.Decoder(_Job, dec_hook=lambda kind, value: kind(value)).decode
+_decode_result = msgspec.json.Decoder(_Result).decode
+
 # A fresh interpreter that never sees the user's main module: no torch, and no `if __name__ == "__main__"` needed.
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from koret.data.workers import serve; serve()"
 
@@ -93,24 +97,24 @@ class _Pool:
         return [reports[number] for number in range(len(jobs))]
 
     def _feed(self, process: subprocess.Popen) -> None:
+        """Give one process job after job; whatever happens, every job taken gets a result."""
         while True:
             try:
                 job = self._todo.get_nowait()
             except queue.Empty:
                 return
             try:
-                process.stdin.write(msgspec.json.encode(job) + b"\n")
+                process.stdin.write(_encode(job) + b"\n")
                 process.stdin.flush()
-                answer = process.stdout.readline()
-            except (OSError, ValueError):
-                answer = b""
-            if not answer:
+                result = _decode_result(process.stdout.readline())
+            except Exception:
+                process.kill()
                 code = process.wait()
                 why = "killed, perhaps for lack of memory" if code < 0 else f"exit code {code}"
                 crash = f"the process preparing {job.source.name} ended ({why}): try fewer num_workers"
                 self._done.put((job.number, _Result(crash=crash)))
                 return
-            self._done.put((job.number, msgspec.json.decode(answer, type=_Result)))
+            self._done.put((job.number, result))
 
 
 def serve() -> None:
@@ -118,12 +122,12 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     for line in sys.stdin.buffer:
-        job = msgspec.json.decode(line, type=_Job)
+        job = _decode_job(line)
         try:
             result = _Result(prepare_source(job.source, job.settings, job.folder, job.number))
         except (DataError, OSError) as error:
             result = _Result(problem=str(error))
         except Exception:
             result = _Result(crash=f"preparing {job.source.name} failed:\n{traceback.format_exc()}")
-        answers.write(msgspec.json.encode(result) + b"\n")
+        answers.write(_encode(result) + b"\n")
         answers.flush()
