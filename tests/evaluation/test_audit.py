@@ -55,12 +55,13 @@ def test_audit_lists_what_is_shared(dataset):
     assert len([text for batch in training.read_passages() for text in batch]) == 16
     clean = audit_overlap(training, [take_evaluated(dataset, np.arange(7, 10))])
     shared = {finding.what: (finding.same, finding.checked) for finding in clean.findings}
-    assert shared == {"articles": (0, 3), "passages": (0, 9), "questions": (0, 9)}
+    assert shared == {"titles": (0, 3), "passages": (0, 9), "questions": (0, 9)}
     leaking = audit_overlap(training, [take_evaluated(dataset, np.array([0, 9]), "the data set")])
-    assert not leaking.clean and "NOT CLEAN: training has seen 1 of 2 articles of the data set" in leaking.sentence
+    assert not leaking.clean
+    assert leaking.sentence.startswith("NOT CLEAN: training has seen 1 of 2 titles (1 the same, 0 nearly), 3 of 6")
     found = {finding.what: finding for finding in leaking.findings}
     assert (found["passages"].same, found["questions"].same) == (3, 3)
-    assert found["articles"].examples == [("한라산", "한라산", 1.0)]
+    assert found["titles"].examples == [("한라산", "한라산", 1.0)]
     assert leaking.to_dict()["clean"] is False and len(leaking.to_dict()["findings"]) == 3
 
 
@@ -68,7 +69,8 @@ def test_clean_means_nothing_shared():
     training = Texts("training", ["가"], ["무엇인가?"], ["한라산은 제주도에 있는 높은 산이다"])
     other = Texts("panel", ["나"], ["누가 만들었는가?"], ["세종대왕은 한글을 만든 조선의 왕이다"])
     audit = audit_overlap(training, [other])
-    assert audit.clean and audit.sentence.startswith("Clean: none of 1 articles of panel, 1 passages of panel")
+    assert audit.clean
+    assert audit.sentence == "Clean: training has seen none of 1 titles, 1 passages, 1 questions of panel."
     near = Texts("panel", ["다"], [], ["한라산은 제주도에 있는 높은 산이었다"])
     assert [f.near for f in audit_overlap(training, [near]).findings] == [0, 0]  # 8 of 11 pieces: 73%
 

@@ -98,7 +98,10 @@ def test_json_is_whole_and_valid(report):
     assert len(first["systems"]) == 4 and first["systems"][0]["recall_curve"]["1"]["mean"] >= 0
 
 
-def test_files(report, tmp_path):
+def test_files_and_one_page_with_everything_in_it_escaped(report, tmp_path):
+    report.sections[0].task.queries[0] = '<script>alert("x")</script>'
+    for probe in report.sections[0].probes:
+        probe.examples[:] = [("<b>", "&")]
     files = save_report(report, tmp_path / "out")
     assert all(file.is_file() and file.stat().st_size for file in files)
     names = {file.name for file in files}
@@ -110,15 +113,10 @@ def test_files(report, tmp_path):
     tuned = report.sections[0].find_scores("model")
     assert [r["systems"]["tuned"]["ndcg@10"] for r in records] == pytest.approx(tuned.per_query["ndcg@10"], abs=1e-6)
 
-
-def test_html_is_one_file_with_everything_in_it_escaped(report, tmp_path):
-    report.sections[0].task.queries[0] = '<script>alert("x")</script>'
-    for finding in report.sections[0].probes:
-        finding.examples[:] = [("<b>", "&")]
-    page = save_report(report, tmp_path)[-1].read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "&lt;b&gt;" in page
     assert "http" not in page and "//" not in re.sub(r"data:image/png;base64,[^\"]*", "", page).replace("<!--", "")
-    assert page.count("<svg") == page.count("</svg>") >= 6
+    assert page.count("<svg") == page.count("</svg>") == sum(name.endswith(".svg") for name in names) == 10
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page))

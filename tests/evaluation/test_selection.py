@@ -69,7 +69,7 @@ def test_a_run_on_other_data_is_asked_everything_and_audited(dataset, tmp_path):
     assert chosen.split == "all" and len(chosen.asked) == 10
     titles = {f.what: f.same for f in chosen.audit().findings}
     trained_on = other.articles.column("title")[int(split_articles(other, 0.5, 1)[0][0])].as_py()
-    assert titles["articles"] == (trained_on == "지리산")
+    assert titles["titles"] == (trained_on == "지리산")
     assert select_questions(dataset, None, trained=[run]).audit() is None
 
 

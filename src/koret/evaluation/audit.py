@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class Finding:
     """What one evaluated set shares with training: ``examples`` are (evaluated text, training text, share)."""
 
     where: str  # the evaluated set
-    what: str  # articles | passages | questions
+    what: str  # titles | passages | questions
     same: int
     near: int  # not the same, but above the threshold
     checked: int
@@ -80,14 +80,19 @@ class Audit:
     @property
     def sentence(self) -> str:
         if self.clean:
-            checked = ", ".join(f"{f.checked:,} {f.what} of {f.where}" for f in self.findings if f.checked)
-            return f"Clean: none of {checked} occurs in training, exactly or nearly."
-        shared = [
-            f"{f.same + f.near:,} of {f.checked:,} {f.what} of {f.where} ({f.same:,} the same, {f.near:,} nearly)"
-            for f in self.findings
-            if f.same or f.near
-        ]
-        return f"NOT CLEAN: training has seen {'; '.join(shared)}. Scores on seen texts say little about new ones."
+            return f"Clean: training has seen none of {self._list(lambda f: f'{f.checked:,} {f.what}', self.findings)}."
+        shared = [finding for finding in self.findings if finding.same or finding.near]
+        seen = self._list(
+            lambda f: f"{f.same + f.near:,} of {f.checked:,} {f.what} ({f.same:,} the same, {f.near:,} nearly)", shared
+        )
+        return f"NOT CLEAN: training has seen {seen}. Scores on seen texts say little about new ones."
+
+    def _list(self, describe: Callable[[Finding], str], findings: Sequence[Finding]) -> str:
+        """The findings in words, those of one evaluated set together."""
+        sets = dict.fromkeys(finding.where for finding in findings)
+        return "; ".join(
+            f"{', '.join(describe(f) for f in findings if f.where == where)} of {where}" for where in sets
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"training": self.training, "clean": self.clean, "sentence": self.sentence,
@@ -227,7 +232,7 @@ def _compare_titles(training: Texts, texts: Texts) -> Finding:
     seen = {text_key(title) for title in training.titles}
     shared = [title for title in texts.titles if text_key(title) in seen]
     examples = [(title, title, 1.0) for title in shared[:LISTED]]
-    return Finding(texts.name, "articles", len(shared), 0, len(texts.titles), examples)
+    return Finding(texts.name, "titles", len(shared), 0, len(texts.titles), examples)
 
 
 def _summarize(where: str, what: str, texts: Sequence[str], matches: dict[int, tuple[str, float]]) -> Finding:

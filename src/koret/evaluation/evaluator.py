@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -238,8 +239,10 @@ def _evaluate_task(
 ) -> Section:
     evaluator = Evaluator(task)
     names = {"model": "tuned", "base": "base"} if "base" in encoders else {"model": "model"}
-    dense = {role: evaluator.score(encoder, names[role], progress=progress) for role, encoder in encoders.items()}
-    lexical = [evaluator.score_lexical(tokenizer) for tokenizer in tokenizers]
+    with ThreadPoolExecutor(1) as beside:  # BM25 cuts and counts while the encoder works; Kiwi runs outside Python
+        counting = [beside.submit(evaluator.score_lexical, tokenizer) for tokenizer in tokenizers]
+        dense = {role: evaluator.score(encoder, names[role], progress=progress) for role, encoder in encoders.items()}
+        lexical = [job.result() for job in counting]
     fused = []
     if lexical:
         weights = [None] if weight is None else [None, weight]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 
 from koret.evaluation.comparison import Move, compare_scores
 from koret.evaluation.metrics import PRIMARY
-from koret.evaluation.plots import draw_moves, draw_recall, draw_scores, draw_slices, render_svg
-from koret.evaluation.report import EvaluationReport, Section
+from koret.evaluation.report import EvaluationReport, Section, make_name
 from koret.evaluation.scores import format_gap, label
 from koret.evaluation.significance import Difference, Interval
-from koret.files import write_file
 
 MOVES = 20
 COLUMNS = (*PRIMARY, "recall@1", "recall@100", "precision@10", "article/recall@10")
@@ -35,14 +33,11 @@ th:first-child, td:first-child { text-align: left; } tr.model td { font-weight: 
 """
 
 
-def save_html(report: EvaluationReport, path: str | Path) -> Path:
-    """Write ``render_html`` to ``path``; returns it."""
-    write_file(Path(path), render_html(report).encode())
-    return Path(path)
+def render_html(report: EvaluationReport, pictures: Mapping[str, str]) -> str:
+    """The report as one HTML document; every text from data is escaped.
 
-
-def render_html(report: EvaluationReport) -> str:
-    """The report as one HTML document; every text from data is escaped."""
+    ``pictures`` are SVG texts by name, as ``plots.save_plots`` returns them.
+    """
     model = escape(Path(report.model).name)
     against = f" against {escape(Path(report.baseline).name)}" if report.baseline else ""
     parts = [
@@ -56,11 +51,11 @@ def render_html(report: EvaluationReport) -> str:
         )
     parts.append(f"<p>{escape(report.cleanness)}</p>")
     for section in report.sections:
-        parts += _render_section(section)
+        parts += _render_section(section, pictures)
     if report.extra:
         parts.append("<h2>Elsewhere</h2><p class=soft>Sets that must not get worse.</p>")
         for section in report.extra:
-            parts += _render_section(section)
+            parts += _render_section(section, pictures)
     parts += _render_audit(report)
     body = "\n".join(parts)
     return (
@@ -79,7 +74,7 @@ def _describe_data(report: EvaluationReport) -> str:
     )
 
 
-def _render_section(section: Section) -> Iterator[str]:
+def _render_section(section: Section, pictures: Mapping[str, str]) -> Iterator[str]:
     task = section.task
     yield f"<h2>{escape(task.name)}</h2>"
     yield (
@@ -88,9 +83,10 @@ def _render_section(section: Section) -> Iterator[str]:
     )
     yield from (f"<p>{escape(line)}</p>" for line in section.lines)
     yield _render_scores(section)
-    for figure in (draw_scores(section), draw_recall(section), draw_moves(section), draw_slices(section)):
-        if figure is not None:
-            yield f"<figure>{_inline(render_svg(figure), task.name)}</figure>"
+    for kind in ("scores", "recall", "moves", "slices"):
+        picture = pictures.get(f"{kind}-{make_name(task.name)}")
+        if picture is not None:
+            yield f"<figure>{_inline(picture, f'{kind}: {task.name}')}</figure>"
     yield from _render_slices(section)
     yield from _render_probes(section)
     yield from _render_moves(section)

@@ -33,7 +33,7 @@ def format_model_card(
     base = _name(config.get("model_name", ""))
     parts = [
         _format_header(config),
-        f"# {base}, tuned for Korean retrieval\n",
+        f"# {Path(base).name}, tuned for Korean retrieval\n",
         f"A sentence-transformers model{f' of {dimensions} dimensions' if dimensions else ''}: questions and passages "
         f"become unit vectors, the dot product ranks. Tuned from `{base}` with koret.\n",
         _format_outcome(report),
@@ -113,7 +113,7 @@ def _format_data(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 def _format_limits(config: Mapping[str, Any], report: EvaluationReport) -> str:
     limits = [
-        "Scores hold for questions like those above. KorQuAD's questions were written with the passage in sight, which "
+        "Scores hold for questions like those above. Such questions were written with the passage in sight, which "
         "flatters word matching (see BM25 above) and says little about other kinds of search.",
         "The intervals cover the choice of articles, not the choice of training seed.",
         "The best step was chosen on the same held-out questions, which flatters the tuned model a little.",
@@ -131,7 +131,9 @@ def _format(value: Interval) -> str:
 
 
 def _name(path: str) -> str:
-    """A hub name as it is, a local path as its last part."""
+    """A hub name as it is, a local path as its last part, the packaged base by its hub name."""
+    if path == "offline":
+        return "sentence-transformers/all-MiniLM-L6-v2"
     return path if path.count("/") == 1 and not path.startswith((".", "/", "~")) else Path(path).name
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from koret.evaluation.html_report import save_html
+from koret.evaluation.html_report import render_html
 from koret.evaluation.metrics import PRIMARY, mark_hits
 from koret.evaluation.plots import save_plots
 from koret.evaluation.report import EvaluationReport, make_name
@@ -35,8 +35,10 @@ def save_report(report: EvaluationReport, folder: str | Path, *, figures: bool =
     for section in (*report.sections, *report.extra):
         files.append(save_queries(section.task, section.scores, folder))
     if figures:
-        files += save_plots(report, folder)
-        files.append(save_html(report, folder / "report.html"))
+        pictures = save_plots(report, folder)
+        files += [folder / f"{name}.{ending}" for name in pictures for ending in ("png", "svg")]
+        write_file(folder / "report.html", render_html(report, pictures).encode())
+        files.append(folder / "report.html")
     return files
 
 

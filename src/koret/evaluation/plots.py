@@ -25,15 +25,17 @@ _OTHERS = (ORANGE, "#c9a227", GREEN, VIOLET)
 LEAST_POINTS_RASTERED = 2000
 
 
-def save_plots(report: EvaluationReport, folder: str | Path) -> list[Path]:
-    """Every picture as PNG and SVG in ``folder``: scores-*, recall-*, slices-*, moves-* per task."""
-    files = []
+def save_plots(report: EvaluationReport, folder: str | Path) -> dict[str, str]:
+    """Every picture as PNG and SVG in ``folder``: scores-*, recall-*, slices-*, moves-* per task.
+
+    Returns the SVG texts by file name without ending.
+    """
+    pictures = {}
     for name, figure in draw_report(report):
-        path = Path(folder) / f"{name}.png"
-        save_figure(figure, path)
-        path.with_suffix(".svg").write_text(render_svg(figure), encoding="utf-8")
-        files += [path, path.with_suffix(".svg")]
-    return files
+        save_figure(figure, Path(folder) / f"{name}.png")
+        pictures[name] = render_svg(figure)
+        (Path(folder) / f"{name}.svg").write_text(pictures[name], encoding="utf-8")
+    return pictures
 
 
 def draw_report(report: EvaluationReport) -> Iterator[tuple[str, Figure]]:

@@ -119,7 +119,9 @@ def _format_slices(section: Section) -> Iterator[RenderableType]:
     table.add_column("questions", justify="right")
     for row in rows:
         table.add_column(escape(row.system), justify="right", no_wrap=True)
-    table.add_column("model - base" if section.verdict else "model - BM25", justify="right", no_wrap=True)
+    compared = section.verdict or section.lexical
+    if compared:
+        table.add_column("tuned - base" if section.verdict else "model - BM25", justify="right", no_wrap=True)
     dimension = None
     for part in section.slices:
         if part.dimension != dimension:
@@ -127,7 +129,7 @@ def _format_slices(section: Section) -> Iterator[RenderableType]:
             table.add_row(f"[bold]{escape(dimension)}[/]")
         cells = [_drop_zero(f"{part.means[row.system].mean:.3f}") for row in rows]
         gap = part.gap if section.verdict else part.lexical_gap
-        table.add_row(f"  {escape(part.name)}", f"{part.queries:,}", *cells, _format_gap(gap) if gap else "")
+        table.add_row(f"  {escape(part.name)}", f"{part.queries:,}", *cells, *([_format_gap(gap)] if gap else []))
     yield table
 
 
