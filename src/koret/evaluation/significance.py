@@ -91,8 +91,8 @@ def bootstrap_intervals(
     Draws G groups with replacement, takes the mean over their queries, B times; interval ends are quantiles of those
     means. The quantiles are widened for few groups as in Hesterberg's "expanded percentile interval" (What Teachers
     Should Know About the Bootstrap, 2015): the normal quantile z becomes sqrt(G / (G - 1)) * t with G - 1 degrees of
-    freedom. Simulated with 12 groups, a "95%" interval holds the truth in 93% of cases, without the widening in 89%;
-    BCa intervals were below both.
+    freedom. In simulations with 12 groups a "95%" interval then held the truth in 92 to 94% of cases, without the
+    widening in 88 to 90%; BCa intervals, widened or not, held it less often (tests simulate it again).
     """
     sums, counts = _sum_groups(values, groups)
     means = sums.sum(axis=0) / counts.sum()
