@@ -183,7 +183,7 @@ def test_accumulation_equals_the_mean_of_its_batches(make_config, toy_data, sile
     step = next(reference.job.schedule.steps_after(0))
     assert len(step.batches) == 2
     for rows in step.batches:
-        reference._add_gradients(reference.job.maker.make(rows), share=0.5)
+        reference.gradients._add(reference.job.maker.make(rows), share=0.5)
     reference.optimizer.step(trainer.config.learning_rate, torch.tensor(True))
     for name, parameter in reference.parameters.items():
         torch.testing.assert_close(parameter, trainer.parameters[name], rtol=0, atol=0)
@@ -193,6 +193,39 @@ def test_micro_batches_do_not_change_the_training(make_config, toy_data):
     whole, chunked = (train(make_config(micro_batch_tokens=n, lora_dropout=0.0), toy_data)[0] for n in (4096, 64))
     for name, parameter in whole.parameters.items():
         torch.testing.assert_close(parameter, chunked.parameters[name], rtol=1e-4, atol=1e-6)
+
+
+def run_out_of_memory(trainer, above):
+    """From its second step on, embedding more than ``above`` tokens fails as on a full device."""
+    plain = trainer.encoder.embed
+
+    def embed(ids):
+        if trainer.at.step >= 1 and torch.is_grad_enabled() and sum(map(len, ids)) > above:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(ids)
+
+    trainer.encoder.embed = embed
+
+
+def test_out_of_memory_once_goes_on_in_smaller_pieces_with_the_same_result(make_config, toy_data, silent):
+    config = make_config(lora_dropout=0.0)
+    trainer = EmbeddingTrainer(config, dataset=toy_data, console=silent)
+    trainer._prepare()
+    run_out_of_memory(trainer, above=150)  # a batch holds about 260
+    assert trainer.train().state == "finished"
+    assert silent.file.getvalue().count("out of memory: from here on") == 1 and trainer.gradients.budget <= 150
+    undisturbed, _ = train(config, toy_data)
+    for name, parameter in undisturbed.parameters.items():
+        torch.testing.assert_close(parameter, trainer.parameters[name], rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_twice_stops_with_what_to_change(make_config, toy_data, silent):
+    trainer = EmbeddingTrainer(make_config(), dataset=toy_data, console=silent)
+    trainer._prepare()
+    run_out_of_memory(trainer, above=10)
+    with pytest.raises(MemoryError, match=r"out of memory again.*--micro-batch-tokens \d+"):
+        trainer.train()
+    assert read_run(trainer.run_dir).state == "failed"
 
 
 def test_the_padded_path_trains_the_same(make_config, toy_data, tiny_model):
@@ -212,7 +245,7 @@ def test_the_padded_path_trains_the_same(make_config, toy_data, tiny_model):
 
 def poison(trainer, at_step, what):
     """Make the embeddings, or only the gradient, of one step NaN."""
-    calls, plain = [0], trainer._add_gradients
+    calls, plain = [0], trainer.gradients._add
 
     def add_gradients(batch, share):
         calls[0] += 1
@@ -227,7 +260,7 @@ def poison(trainer, at_step, what):
             next(iter(trainer.parameters.values())).grad[0, 0] = math.nan
         return values
 
-    trainer._add_gradients = add_gradients
+    trainer.gradients._add = add_gradients
 
 
 @pytest.mark.parametrize("log_every", [1, 5])

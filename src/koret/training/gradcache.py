@@ -43,26 +43,28 @@ def embed_and_backward(
     states, parts = [], []
     with torch.no_grad():
         for chunk in chunks:
-            states.append(_random_state())
+            states.append(read_random_state())
             parts.append(embed([texts[i] for i in chunk]))
     embeddings = torch.cat(parts).requires_grad_()
     loss = loss_of(embeddings[order.to(embeddings.device)])
     loss.backward()
 
-    after = _random_state()
+    after = read_random_state()
     wanted = embeddings.grad.split([len(chunk) for chunk in chunks])
     for chunk, state, gradient in zip(chunks, states, wanted, strict=True):
-        _set_random_state(state)
+        set_random_state(state)
         embed([texts[i] for i in chunk]).backward(gradient)
-    _set_random_state(after)
+    set_random_state(after)
     return loss.detach()
 
 
-def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+def read_random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The states of torch's generators: CPU, and every CUDA device in use."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
-def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Put back what ``read_random_state`` returned."""
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])

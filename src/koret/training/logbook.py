@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from koret.files import explain_full_disk
+
 METRICS = "metrics.jsonl"
 PIPED_WIDTH = 110  # columns, where nobody says how wide the paper is: the closing table needs 100
 
@@ -43,9 +45,10 @@ class Logbook:
                 raise ValueError(f"{name} is {value} at step {step}")
         now = time.time()
         line = json.dumps({"step": step, "time": round(now, 3), **numbers}, ensure_ascii=False, allow_nan=False)
-        self._lines.write(line.encode() + b"\n")
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step, walltime=now)
+        with explain_full_disk(METRICS):
+            self._lines.write(line.encode() + b"\n")
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step, walltime=now)
 
     def record_text(self, name: str, text: str) -> None:
         self._board.add_text(name, text, 0)
@@ -56,8 +59,9 @@ class Logbook:
 
     def flush(self) -> dict[str, int]:
         """Bring everything recorded to the device; returns how long every file is now."""
-        self._lines.flush()
-        self._board.flush()
+        with explain_full_disk(METRICS):
+            self._lines.flush()
+            self._board.flush()
         sizes = {}
         for path in self._files():
             with open(path, "rb") as file:

@@ -26,7 +26,6 @@ from koret.training.logbook import Logbook, Terminal, describe_config
 from koret.training.lora import save_adapter
 from koret.training.preparation import Job
 from koret.training.resume import require_same
-from koret.training.signals import Interrupted
 
 
 @dataclass
@@ -37,6 +36,7 @@ class Progress:
     evaluated: int | None = None  # the step whose model was scored last
     best: dict[str, Any] | None = None  # step and deciding metrics of the best model
     stale: int = 0  # evaluations since the best one
+    budget: int | None = None  # tokens encoded at a time, once memory ran out
     files: dict[str, int] = field(default_factory=dict)  # how long each file of the logbook is
 
 
@@ -158,7 +158,7 @@ class RunRecord:
 
     def close_unfinished(self, error: BaseException, at: Progress) -> None:
         """Say in status.json why the run stopped. What went wrong first matters more than what goes wrong here."""
-        state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         try:
             if self.logbook is not None:
                 self.logbook.close()

@@ -50,9 +50,9 @@ class StopSignals:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Around work that changes nothing and may take long: a signal raises Interrupted in the middle of it."""
-        self.check()
         self._raise = True
         try:
+            self.check()
             yield
         finally:
             self._raise = False

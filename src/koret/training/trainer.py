@@ -19,13 +19,12 @@ from koret.evaluation.scores import Scores
 from koret.evaluation.tables import format_report
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.runs import Run, create_run, lock_run, read_run
-from koret.training.batches import Batch, Step, cut_micro_batches
+from koret.training.batch_gradients import BatchGradients
+from koret.training.batches import Step
 from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights
-from koret.training.gradcache import embed_and_backward
 from koret.training.gradients import collect_values, group_by_module, measure_norms
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
-from koret.training.loss import info_nce
 from koret.training.measurements import Measurements, NumericFault
 from koret.training.memory import choose_micro_batch_tokens
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
@@ -115,10 +114,10 @@ class EmbeddingTrainer:
         with torch.random.fork_rng():  # a training that follows draws what it would have drawn
             for line in describe_cost(
                 (self.job.maker.make(step.batches[0]) for step in steps),
-                lambda batch: self._add_gradients(batch, share=1.0),
+                lambda batch: self.gradients.add([batch]),
                 self.job.schedule.total,
                 self.config.gradient_accumulation_steps,
-                self.budget,
+                self.gradients.budget,
             ):
                 self.terminal.say(line)
         self.optimizer.adamw.zero_grad()
@@ -153,7 +152,7 @@ class EmbeddingTrainer:
         norms, histograms = None, {}
         if batches:
             self.encoder.model.train()
-            values = torch.stack([self._add_gradients(batch, share=1 / len(batches)) for batch in batches]).mean(dim=0)
+            values = self.gradients.add(batches)
             self.optimizer.unscale()
             if due and self.config.log_gradients:
                 norms = measure_norms(self.modules)
@@ -170,31 +169,6 @@ class EmbeddingTrainer:
         else:
             self.measurements.add_seconds(time.perf_counter() - began)
         self.terminal.advance(step.number)
-
-    def _add_gradients(self, batch: Batch, share: float) -> torch.Tensor:
-        """Add ``share`` of a batch's gradients; returns (loss, masked pairs, skipped questions) on the device."""
-        device = self.encoder.device
-        queries, targets, positives, known = (
-            None if part is None else torch.from_numpy(part).to(device, non_blocking=True)
-            for part in (batch.queries, batch.targets, batch.positives, batch.known)
-        )
-        losses = []
-
-        def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
-            loss = info_nce(embeddings[queries], embeddings[targets], positives, known, scale=self.config.scale)
-            losses.append(loss)
-            return self.optimizer.scale(loss.value * share)
-
-        embed_and_backward(self._embed, batch.texts, cut_micro_batches(batch.texts, self.budget), loss_of)
-        loss = losses[0]
-        return torch.stack([loss.value.detach(), loss.masked.to(loss.value), loss.skipped.to(loss.value)])
-
-    def _embed(self, texts: list[np.ndarray]) -> torch.Tensor:
-        """(N, D) unit vectors; where the model pads, texts of like length (they come sorted) go together."""
-        if self.encoder.slow_path_reason is None:
-            return self.encoder.embed(texts)
-        pieces = np.array_split(np.arange(len(texts)), min(4, len(texts)))
-        return torch.cat([self.encoder.embed([texts[i] for i in piece]) for piece in pieces])
 
     # ------------------------------------------------------------ before the first step
 
@@ -232,7 +206,8 @@ class EmbeddingTrainer:
         )
         self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
         chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
-        self.budget = chosen or choose_micro_batch_tokens(self.encoder)
+        budget = chosen or choose_micro_batch_tokens(self.encoder)
+        self.gradients = BatchGradients(self.encoder, self.optimizer, config.scale, budget, self.terminal.say)
         self.measurements = Measurements(self.job.question_ids, self.optimizer.scaler.is_enabled())
         self.at, self._saved = Progress(), None
 
@@ -247,7 +222,7 @@ class EmbeddingTrainer:
         resolved = {
             "device": self.encoder.device.type,
             "precision": self.encoder.precision,
-            "micro_batch_tokens": self.budget,
+            "micro_batch_tokens": self.gradients.budget,
             "threads": torch.get_num_threads(),
         }
         if self._resumed is None:
@@ -260,6 +235,7 @@ class EmbeddingTrainer:
         if snapshot is not None:
             snapshot.restore(self.parameters, self.optimizer.adamw)
             self.at = Progress(**snapshot.progress["at"])
+            self.gradients.halved_to(self.at.budget)
             self.measurements.restore(snapshot.progress["measurements"])
             self.optimizer.restore_scaler(snapshot.progress["scaler"])
         self.terminal.say(f"{self.run_dir.name} goes on after step {self.at.step} of {self.job.schedule.total}")
@@ -321,6 +297,7 @@ class EmbeddingTrainer:
 
     def _save_checkpoint(self) -> None:
         self.measurements.collect()
+        self.at.budget = self.gradients.budget if self.gradients.was_halved else None
         state = {"measurements": self.measurements.state(), "scaler": self.optimizer.scaler_state()}
         self.record.save_checkpoint(self.at, self.parameters, self.optimizer.adamw, state)
         self._saved = (self.at.step, self.at.evaluated)
