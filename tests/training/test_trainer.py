@@ -344,6 +344,8 @@ def stopped(make_config, toy_data, silent):
         trainer.train()
     assert caught.value.exit_code == 130
     assert read_run(trainer.run_dir).state == "interrupted" and read_run(trainer.run_dir).status["step"] == 3
+    with pytest.raises(RuntimeError, match="go on with EmbeddingTrainer.resume"):
+        trainer.train()
     return trainer.run_dir
 
 
@@ -389,6 +391,7 @@ def test_other_data_and_another_base_are_refused(stopped, toy_data, tiny_model, 
 def test_a_finished_run_is_left_untouched(trained, toy_data, silent):
     _, run, _ = trained
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.path.rglob("*") if p.is_file()}
+    assert trained[0].train().path == run.path
     again = EmbeddingTrainer.resume(run.path, dataset=toy_data, console=silent).train()
     assert again.path == run.path and "already finished" in silent.file.getvalue()
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.path.rglob("*") if p.is_file()} == before

@@ -18,7 +18,7 @@ from koret.evaluation.metrics import PRIMARY
 from koret.evaluation.scores import Scores
 from koret.evaluation.tables import format_report
 from koret.retrieval.encoder import TextEncoder, load_encoder
-from koret.runs import Run, create_run, lock_run, read_run
+from koret.runs import Run, create_run, is_run, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
 from koret.training.batches import Step
 from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights
@@ -85,6 +85,8 @@ class EmbeddingTrainer:
         """
         if self._is_finished():
             return read_run(self.run_dir)
+        if self.run_dir is not None and self._resumed is None:
+            raise RuntimeError(f"this trainer has been used: go on with EmbeddingTrainer.resume({str(self.run_dir)!r})")
         self._prepare()
         self.run_dir = self.run_dir or create_run(self.config.log_dir)
         with lock_run(self.run_dir), StopSignals() as stop:
@@ -212,7 +214,7 @@ class EmbeddingTrainer:
         self.at, self._saved = Progress(), None
 
     def _is_finished(self) -> bool:
-        finished = self.run_dir is not None and self._resumed is not None and read_run(self.run_dir).is_finished
+        finished = self.run_dir is not None and is_run(self.run_dir) and read_run(self.run_dir).is_finished
         if finished:
             self.terminal.say(f"{self.run_dir.name} is already finished: nothing to do")
         return finished
