@@ -7,7 +7,8 @@ Cleaning is two C-speed splits and a dictionary look-up each, so it is linear in
 2. That is split at runs of separators (control characters, white space, invisible characters) and every run becomes
    the strongest separator in it: heading, list item, table row, paragraph, cell, line break, space.
 
-Both splits keep the lengths of what went in and what came out, which is the map from HTML to text.
+A position in the HTML is followed through both: the HTML is cut there before it is split, and the separator it falls
+into says on which side of it the position comes out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Literal
 from unicodedata import is_normalized, normalize
 
 from koret.data.regions import ENTITY, Region, decode_entity, find_body, find_regions
@@ -63,6 +65,8 @@ _RUBY_BRACKET = r"p>\s?<rt[^<>]*>|t>\s?<rp[^<>]*>"
 # Every alternative ends at the next angle bracket or at a fixed bound: no input makes this quadratic.
 _TAG = f"<(?:s(?:{_EDIT_LINK}|{_BACKLINK}|{_REFERENCE})|/r(?:{_RUBY_BRACKET})|{_ANY_TAG})"
 _TAGS, _TAGS_AND_ENTITIES = re.compile(f"({_TAG})"), re.compile(f"({_TAG}|{ENTITY})")
+_TAG_OR_ENTITY = re.compile(f"{_TAG}|{ENTITY}")
+_LONGEST_MARK = 400  # characters; a token of several tags is shorter
 _TAG_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
 _RUN = re.escape(SPACES + INVISIBLE + MARKERS)
 _SEPARATORS = re.compile(f"([{_RUN}](?:[{_RUN}]+|(?<! )))")  # a lone space stays where it is
@@ -73,6 +77,7 @@ _BROKEN_CELL = re.compile(f"{CELL}[^{_STATE + _BREAKS}]*[{_BREAKS}][^{_STATE}]*"
 _TABLE_IN_CELL = re.compile(f"{CELL}[^{_STATE}]*{TABLE}")
 _WHOLE_HEADING = re.compile(f"{HEADING}[^{HEADING + HEADING_END}]*{HEADING_END}")
 
+_CONTROL = re.compile(f"[{re.escape(CONTROLS)}]")
 _NO_CONTROLS = str.maketrans(CONTROLS, " " * len(CONTROLS))
 _IN_CELL = str.maketrans(_BREAKS, SLASH * len(_BREAKS))
 _IN_HEADING = str.maketrans(_STATE + LINE + PARAGRAPH + ITEM, " " * (len(_STATE) + 3))
@@ -161,16 +166,14 @@ def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) ->
     For each, the returned (start, end) is what cleaning that piece by itself gives; ``in_cell`` says that ``text``
     is a piece from inside a table cell, where a break is `` / ``.
     """
-    if any(map(text.__contains__, CONTROLS)):
+    if _CONTROL.search(text):
         text = text.translate(_NO_CONTROLS)
     text = _hide_quoted_brackets(text)
     begin, end = find_body(text)
     for start, stop in points:
         begin, end = min(begin, max(start, 0)), max(end, min(stop, len(text)))
-    regions = [r for r in find_regions(text, begin, end) if not any(_cuts(r, point) for point in points)]
-
-    parts, lengths = _split_tags(text, begin, end, regions, bool(points))
-    marked = "".join(parts)
+    cuts = {point: (_settle(text, point[0], False), _settle(text, point[1], True)) for point in points}
+    marked, where = _mark_tags(text, begin, end, find_regions(text, begin, end), cuts)
     if in_cell or CELL in marked:
         marked = _flatten_cells(marked, in_cell)
     if HEADING_END in marked:
@@ -187,8 +190,9 @@ def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) ->
     first, last = _trim(clean, 0, len(clean), is_item=not runs[0] and len(runs) > 1 and _lead(runs[1]) == "- ")
     spans = []
     if points:
-        find = _make_point_map(begin, lengths, parts, runs, pieces)
-        for start, stop in points:
+        find = _make_point_map(runs, pieces)
+        for point in points:
+            start, stop = (where[cut] for cut in cuts[point])
             mapped_start, is_item = find(start, False)
             x, y = _trim(clean, mapped_start, find(stop, True)[0], is_item)
             spans.append((max(x, first) - first, max(min(y, last) - first, max(x, first) - first)))
@@ -202,21 +206,39 @@ def _cuts(region: Region, point: Span) -> bool:
     return first < stop and start < last and not (start <= first and last <= stop)
 
 
-def _split_tags(text: str, begin: int, end: int, regions: list[Region], keep_lengths: bool) -> tuple[list, list]:
-    """Split text[begin:end] into text, mark, text, ... (marks at odd places) and the lengths both had before."""
-    parts, lengths, position = [], [], begin
+def _settle(text: str, position: int, is_end: bool) -> int:
+    """The position, or the edge of the tag, entity or mark it falls into: the front for a start, the end for an end."""
+    position = min(max(position, 0), len(text))
+    candidates = [text.rfind("<", 0, position), text.rfind("&", max(position - 40, 0), position)]
+    for opening in ("<sp", "<su", "</r"):  # of tokens of several tags
+        start = position
+        while (start := text.rfind(opening, max(position - _LONGEST_MARK, 0), start)) >= 0:
+            candidates.append(start)
+    for start in sorted(candidates):
+        token = _TAG_OR_ENTITY.match(text, start) if start >= 0 else None
+        if token and token.end() > position:
+            return token.end() if is_end else start
+    return position
+
+
+def _mark_tags(
+    text: str, begin: int, end: int, regions: list[Region], cuts: dict[Span, Span]
+) -> tuple[str, dict[int, int]]:
+    """text[begin:end] with marks for tags, and where in it each of the cuts is. Regions cuts go through stay."""
+    stops = [region for region in regions if not any(_cuts(region, point) for point in cuts)]
+    stops += [(cut, cut, "") for cut in {cut for pair in cuts.values() for cut in pair}]
     split = (_TAGS_AND_ENTITIES if "&" in text else _TAGS).split
-    for start, stop, replacement in [*regions, (end, end, None)]:
-        piece = split(text[position:start])
-        if keep_lengths:
-            lengths += map(len, piece)
-        piece[1::2] = map(_tag_mark, piece[1::2])
-        parts += piece
-        if replacement is not None:
+    marked, where, length, position = [], {}, 0, begin
+    for start, stop, replacement in [*sorted(stops), (end, end, "")]:
+        if start >= position:
+            parts = split(text[position:start])
+            parts[1::2] = map(_tag_mark, parts[1::2])
             parts.append(replacement)
-            lengths.append(stop - start)
-        position = stop
-    return parts, lengths
+            marked.append("".join(parts))
+            length += len(marked[-1])
+            position = stop
+        where[start] = length - len(replacement) if start == stop else length
+    return "".join(marked), where
 
 
 def _flatten_cells(marked: str, in_cell: bool) -> str:
@@ -258,31 +280,25 @@ def _trim(clean: str, start: int, stop: int, is_item: bool) -> Span:
     return start, max(start, stop)
 
 
-def _make_point_map(begin: int, lengths: list[int], parts: list[str], runs: list[str], pieces: list[str]):
-    """A function from a position in the HTML to one in the clean text, and whether a list item opens there.
+def _make_point_map(runs: list[str], pieces: list[str]):
+    """A function from a position in the marked text to one in the clean text, and whether a list item opens there.
 
-    ``lengths`` are those of ``parts`` before tags became marks; ``runs`` and ``pieces`` the same for separators.
+    ``runs`` are text, separators, text, ... and ``pieces`` what became of them.
     """
-    html_at = list(accumulate(lengths, initial=begin))
     run_at = list(accumulate(map(len, runs), initial=0))
     clean_at = list(accumulate(map(len, pieces), initial=0))
 
     def find(position: int, is_end: bool) -> tuple[int, bool]:
         side = bisect_left if is_end else bisect_right
-        i = min(max(side(html_at, position) - 1, 0), len(parts) - 1)
+        i = min(max(side(run_at, position) - 1, 0), len(runs) - 1)
         if i % 2 == 0:  # in text: the same distance from its start
-            middle = sum(map(len, parts[:i])) + min(position - html_at[i], len(parts[i]))
-        else:
-            middle = sum(map(len, parts[: i + is_end]))
-        j = min(max(side(run_at, middle) - 1, 0), len(runs) - 1)
-        if j % 2 == 0:
-            return clean_at[j] + min(middle - run_at[j], len(runs[j])), False
+            return clean_at[i] + min(position - run_at[i], len(runs[i])), False
         if is_end:
-            return clean_at[j], False
-        lead = _lead(runs[j][middle - run_at[j] :])
-        if not pieces[j].endswith(lead):
-            return clean_at[j + 1], False
-        return clean_at[j + 1] - len(lead), lead == "- "
+            return clean_at[i], False
+        lead = _lead(runs[i][position - run_at[i] :])
+        if not pieces[i].endswith(lead):
+            return clean_at[i + 1], False
+        return clean_at[i + 1] - len(lead), lead == "- "
 
     return find
 
@@ -291,23 +307,25 @@ def _compose(clean: str, spans: list[Span]) -> tuple[str, list[Span]]:
     """NFC of the text, and the spans in it: a position becomes the composed length of what stands before it."""
     composed, position, length = {}, 0, 0
     for point in sorted({point for span in spans for point in span}):
-        length += len(normalize_nfc(clean[position:point]))
+        length += len(normalize_text(clean[position:point]))
         composed[point], position = length, point
-    return normalize_nfc(clean), [(composed[start], composed[stop]) for start, stop in spans]
+    return normalize_text(clean), [(composed[start], composed[stop]) for start, stop in spans]
 
 
-# Characters that never compose with what precedes them: a text may be cut before one.
-_SAFE_CUT = re.compile("[\x00-\u02ff\u1100-\u115f\u3000-\u3098\u309b-\u9fff\uac00-\ud7a3]")
+# Characters that never compose with what precedes them, in either form: a text may be cut before one.
+_SAFE_CUT = re.compile("[\x00-\u02ff\u1100-\u115f\u3000-\u3098\u309b-\u312f\u3190-\u9fff\uac00-\ud7a3]")
 _CHUNK = 128
 
 
-def normalize_nfc(text: str) -> str:
-    """NFC in linear time: ``unicodedata.normalize`` sorts a run of combining marks in quadratic time."""
+def normalize_text(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
+    """The normal form in linear time: ``unicodedata.normalize`` sorts a run of combining marks in quadratic time."""
+    if is_normalized(form, text):
+        return text
     pieces, position = [], 0
     while position < len(text):
         safe = _SAFE_CUT.search(text, position + _CHUNK, position + 2 * _CHUNK)
         stop = safe.start() if safe else position + 2 * _CHUNK
-        pieces.append(normalize("NFC", text[position:stop]))
+        pieces.append(normalize(form, text[position:stop]))
         position = stop
     return "".join(pieces)
 

@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from unicodedata import is_normalized, normalize
 
 import msgspec
 
 from koret.data.answers import Unlocated, classify_answer, clean_and_map, find_answer
 from koret.data.keys import normalize_answer, text_key
 from koret.data.korquad import Answer, Article, ArticleReader, Question, Reject
-from koret.data.markup import Span, clean_html_text, normalize_nfc
+from koret.data.markup import Span, clean_html_text, normalize_text
 from koret.data.passages import Passage, TokenCounter, estimate_tokens, find_gold, make_token_counter, split_article
 from koret.data.sources import Source
 from koret.data.tables import ARTICLES, PASSAGES, QUESTIONS, TableWriter
@@ -213,7 +212,7 @@ class _ArticleRows:
     def _clean_context(self, index: int, context: str) -> str:
         """The clean text of a context; notes where the answers of its questions are in it."""
         is_markup = self.article.html and not self.article.is_clean
-        text = context if is_markup else normalize_nfc(context)
+        text = context if is_markup else normalize_text(context)
         wanted: list[tuple[tuple[int, int], Span]] = []
         for number, question in enumerate(self.article.questions):
             for i, answer in enumerate(question.answers if question.paragraph == index and not question.whole else ()):
@@ -269,7 +268,8 @@ class _ArticleRows:
         if not wanted or self.own == len(gold):
             return gold
         if self._normal is None:
-            self._normal = [_normalize_passage(passage.text) for passage in self.passages[: self.own]]
+            texts = [passage.text for passage in self.passages[: self.own]]
+            self._normal = _normalize_all(texts, self.article.html and not self.article.is_clean)
         holders = {i for i, text in enumerate(self._normal) if any(answer in text for answer in wanted)}
         return sorted(holders.union(gold))
 
@@ -278,11 +278,15 @@ class _ArticleRows:
         return [self._negative_numbers[text] for text in dict.fromkeys(question.negatives) if text not in positive]
 
 
-def _normalize_passage(text: str) -> str:
-    """A text as ``normalize_answer`` sees it, so that answers can be looked for in it."""
-    if not is_normalized("NFKC", text):
-        text = normalize("NFKC", text)
-    return text.lower().replace(" ", "").replace("\n", "") if text.isprintable() else "".join(text.lower().split())
+def _normalize_all(texts: list[str], is_clean: bool) -> list[str]:
+    """Texts as ``normalize_answer`` sees them, so that answers can be looked for in them; all at once for speed.
+
+    ``is_clean``: ``markup`` has left no white space but spaces and line ends.
+    """
+    joined = normalize_text("\0".join(texts), "NFKC").lower()
+    if is_clean:
+        return joined.replace(" ", "").replace("\n", "").split("\0")
+    return ["".join(text.split()) for text in joined.split("\0")]
 
 
 def _find_anywhere(text: str, context: str, answer: Answer) -> Span:
@@ -290,7 +294,7 @@ def _find_anywhere(text: str, context: str, answer: Answer) -> Span:
     if text is context or text == context:
         return find_answer(context, answer)
     start, stop = find_answer(context, answer)
-    return len(normalize_nfc(context[:start])), len(normalize_nfc(context[:stop]))
+    return len(normalize_text(context[:start])), len(normalize_text(context[:stop]))
 
 
 def _strip(text: str, start: int, stop: int) -> Span:

@@ -15,12 +15,18 @@ _GAP = "\x01"  # markup.PARAGRAPH: what is left out separates
 _ELEMENTS = ("script", "style", "math", "head", "title", "template", "svg")
 
 
-def _any_case(name: str) -> str:
-    """A pattern for a name in upper or lower case, faster than the flag: most tags fail at their first letter."""
-    return "".join(f"[{letter}{letter.upper()}]" for letter in name)
+def _any_case(letters: str) -> str:
+    return "".join(f"[{letter}{letter.upper()}]" for letter in letters)
 
 
-_OPENING = re.compile(rf"<(?:(!--)|({'|'.join(map(_any_case, _ELEMENTS))})(?=[\s/>]))")
+# The flag for upper and lower case would be slow; a look at three letters rules out nearly every tag at once.
+_FIRST_LETTERS = "".join(
+    f"[{letters}{letters.upper()}{other}]"
+    for letters, other in zip(
+        ("".join(sorted(set(column))) for column in zip(*_ELEMENTS, strict=False)), "!--", strict=False
+    )
+)
+_OPENING = re.compile(rf"<(?={_FIRST_LETTERS})(?:(!--)|({'|'.join(map(_any_case, _ELEMENTS))})(?=[\s/>]))")
 _CLOSING = {name: re.compile(rf"</{_any_case(name)}\s*>") for name in _ELEMENTS}
 _RUNS_TO_END = ("script", "style")  # without a closing tag they swallow the rest, as in a browser
 _BODY_TAG = re.compile(r"<body[\s/>]", re.I)
@@ -48,15 +54,9 @@ def find_body(text: str) -> tuple[int, int]:
 
 
 def find_regions(text: str, begin: int, end: int) -> list[Region]:
-    """Regions of text[begin:end] to leave out, in order and without overlap. Linear in the length."""
-    found = _find_elements(text, begin, end)
-    found += _find_contents(text, begin, end) + _find_navigation(text, begin, end)
-    regions, position = [], begin
-    for region in sorted(found):
-        if region[0] >= position:
-            regions.append(region)
-            position = region[1]
-    return regions
+    """Regions of text[begin:end] to leave out, in order; one may lie inside another. Linear in the length."""
+    found = _find_elements(text, begin, end) + _find_contents(text, begin, end) + _find_navigation(text, begin, end)
+    return sorted(found)
 
 
 def _find_elements(text: str, begin: int, end: int) -> list[Region]:
