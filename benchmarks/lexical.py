@@ -63,9 +63,7 @@ def main() -> None:
                 values = compute_metrics(ranked, task.relevant)
                 row[name] = {metric: float(values[metric].mean()) for metric in PRIMARY}
             rows.append(row)
-            scores = "   ".join(
-                f"{name} " + " ".join(f"{m} {row[name][m]:.4f}" for m in PRIMARY) for name in tasks
-            )
+            scores = "   ".join(f"{name} " + " ".join(f"{m} {row[name][m]:.4f}" for m in PRIMARY) for name in tasks)
             print(f"{tokenizer:<11} k1 {k1} b {b:<5} {scores}   index {row['cpu_seconds_index']:.1f} s", flush=True)
     result = {"tasks": {name: task.describe() | {"excluded": len(task.excluded)} for name, task in tasks.items()}}
     RESULTS.mkdir(exist_ok=True)

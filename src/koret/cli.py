@@ -15,7 +15,7 @@ from koret import __version__
 from koret.config import TrainingConfig
 
 DONE, FAILED, USAGE = 0, 1, 2
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten_libraries()
     try:
         return _import_commands().run(options) or DONE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:  # a training says where it stopped and how to go on
+        print(f"koret: {error}" if str(error) else "koret: interrupted", file=sys.stderr)
+        return getattr(error, "exit_code", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, `koret runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE

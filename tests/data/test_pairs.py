@@ -215,8 +215,10 @@ def brute_force_mask(data, table, positives):
     def is_known(q, text):
         plain = {p["text"] for p, e in zip(passages, encoded, strict=True) if e == text}
         is_answer = text in reference.values() and any(a and is_same(a, text) for a in q["answers"])
-        return text in targets(q) or bool(plain & {passages[p]["text"] for p in q["known"]}) or (
-            positives != "passage" and is_answer
+        return (
+            text in targets(q)
+            or bool(plain & {passages[p]["text"] for p in q["known"]})
+            or (positives != "passage" and is_answer)
         )
 
     masks = np.zeros((len(table), len(table.texts)), dtype=bool)

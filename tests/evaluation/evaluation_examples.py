@@ -34,22 +34,47 @@ def make_dataset(articles):
     for number, (title, paragraphs, questions) in enumerate(articles):
         first = len(tables["passages"])
         tables["articles"].append(
-            {"title": title, "url": "", "source": "by hand", "first_passage": first, "passage_count": len(paragraphs),
-             "characters": sum(map(len, paragraphs)), "html": False}
+            {
+                "title": title,
+                "url": "",
+                "source": "by hand",
+                "first_passage": first,
+                "passage_count": len(paragraphs),
+                "characters": sum(map(len, paragraphs)),
+                "html": False,
+            }
         )
         for text in paragraphs:
             tables["passages"].append(
-                {"article": number, "heading": "", "text": text, "start": 0, "end": len(text), "tokens": -1,
-                 "text_key": text_key(text)}
+                {
+                    "article": number,
+                    "heading": "",
+                    "text": text,
+                    "start": 0,
+                    "end": len(text),
+                    "tokens": -1,
+                    "text_key": text_key(text),
+                }
             )
         for i, (question, answer, place) in enumerate(questions):
             gold = [] if place is None else [first + place]
             start = -1 if place is None else paragraphs[place].find(answer)
             tables["questions"].append(
-                {"id": f"{title}-{i}", "text": question, "article": number, "answers": [answer] if answer else [],
-                 "answer_kind": "short", "gold": gold, "best": gold[0] if gold else -1, "known": gold, "negatives": [],
-                 "question_key": text_key(question), "answer_key": text_key(normalize_answer(answer)),
-                 "answer_start": start, "answer_end": start + len(answer) if start >= 0 else -1}
+                {
+                    "id": f"{title}-{i}",
+                    "text": question,
+                    "article": number,
+                    "answers": [answer] if answer else [],
+                    "answer_kind": "short",
+                    "gold": gold,
+                    "best": gold[0] if gold else -1,
+                    "known": gold,
+                    "negatives": [],
+                    "question_key": text_key(question),
+                    "answer_key": text_key(normalize_answer(answer)),
+                    "answer_start": start,
+                    "answer_end": start + len(answer) if start >= 0 else -1,
+                }
             )
     schemas = {"articles": ARTICLES, "passages": PASSAGES, "questions": QUESTIONS}
     built = {name: pa.Table.from_pylist(rows, schemas[name]) for name, rows in tables.items()}

@@ -72,8 +72,13 @@ def test_equal_to_ranx(run):
     names = {"map": "map"} | {
         f"{a}@{k}": f"{b}@{k}"
         for k in KS
-        for a, b in (("ndcg", "ndcg"), ("mrr", "mrr"), ("recall", "recall"), ("precision", "precision"),
-                     ("accuracy", "hit_rate"))
+        for a, b in (
+            ("ndcg", "ndcg"),
+            ("mrr", "mrr"),
+            ("recall", "recall"),
+            ("precision", "precision"),
+            ("accuracy", "hit_rate"),
+        )
     }
     theirs = ranx.evaluate(qrels, found, list(names.values()))
     for ours, name in names.items():
@@ -114,8 +119,14 @@ def test_equal_to_sentence_transformers_with_duplicates_and_ties(chunk):
         {f"q{i:03}": f"q{i}" for i in range(60)},
         {f"d{i:03}": f"d{i}" for i in range(150)},
         {f"q{i:03}": {f"d{row:03}" for row in rows} for i, rows in enumerate(relevant)},
-        corpus_chunk_size=chunk, mrr_at_k=ks, ndcg_at_k=ks, accuracy_at_k=ks, precision_recall_at_k=ks, map_at_k=[100],
-        score_functions={"cosine": cos_sim}, write_csv=False,
+        corpus_chunk_size=chunk,
+        mrr_at_k=ks,
+        ndcg_at_k=ks,
+        accuracy_at_k=ks,
+        precision_recall_at_k=ks,
+        map_at_k=[100],
+        score_functions={"cosine": cos_sim},
+        write_csv=False,
     )
     table = {f"q{i}": v for i, v in enumerate(queries)} | {f"d{i}": v for i, v in enumerate(corpus)}
     theirs = evaluator.compute_metrices(_Lookup(table))["cosine"]

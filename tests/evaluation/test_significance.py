@@ -40,8 +40,14 @@ def test_interval_over_articles_equals_scipy_on_article_totals():
     ours = bootstrap_interval(values, groups, resamples=20_000)
     level = 1 - 2 * stats.norm.cdf(-expand_quantile(stats.norm.ppf(0.975), 60))
     theirs = stats.bootstrap(
-        (totals, sizes), lambda t, s, axis: t.sum(axis=axis) / s.sum(axis=axis), paired=True, vectorized=True,
-        n_resamples=20_000, confidence_level=level, method="percentile", rng=1,
+        (totals, sizes),
+        lambda t, s, axis: t.sum(axis=axis) / s.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20_000,
+        confidence_level=level,
+        method="percentile",
+        rng=1,
     ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.001)
     alone = bootstrap_interval(values, np.arange(len(values)))
@@ -68,8 +74,12 @@ def test_p_value_equals_scipy(groups):
     values, owner = _draw_differences(np.random.default_rng(3), groups, mean=0.03)
     totals = np.bincount(owner, weights=values)
     theirs = stats.permutation_test(
-        (totals, np.zeros(groups)), lambda a, b, axis: (a - b).sum(axis=axis), permutation_type="samples",
-        vectorized=True, n_resamples=20_000, rng=0,
+        (totals, np.zeros(groups)),
+        lambda a, b, axis: (a - b).sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=20_000,
+        rng=0,
     ).pvalue
     ours = find_p_value(values, owner, resamples=20_000)
     assert 0.001 < ours < 0.9

@@ -477,8 +477,11 @@ def test_workers_do_not_change_the_weights(make_config, toy_data, tmp_path):
             {
                 "context": passages[row]["text"],
                 "qas": [
-                    {"id": q["id"], "question": q["text"],
-                     "answers": [{"text": q["answers"][0], "answer_start": q["answer_start"]}]}  # fmt: skip
+                    {
+                        "id": q["id"],
+                        "question": q["text"],
+                        "answers": [{"text": q["answers"][0], "answer_start": q["answer_start"]}],
+                    }  # fmt: skip
                     for q in toy_data.questions.to_pylist()
                     if q["best"] == row
                 ],

@@ -51,7 +51,8 @@ def render_page(article: Article, number: int, links: set[str], siblings: list[s
             '<a class="mw-jump-link" href="#mw-head">둘러보기로 가기</a>',
             '<a class="mw-jump-link" href="#p-search">검색하러 가기</a>',
             '<div class="mw-content-ltr" dir="ltr" id="mw-content-text" lang="ko"><div class="mw-parser-output">'
-            + body + navigation,
+            + body
+            + navigation,
             f"<!-- \nParsed for revision {revision}\nCPU time usage: 0.{number % 90 + 10} seconds\n-->",
             '</div><noscript><img alt="" height="1" src="/wiki/Special:Start?type=1x1" width="1"/></noscript></div>',
             f'<div class="printfooter">원본 주소 "<a dir="ltr" href="{HOST}/w/index.php?title={quote(article.title)}'
@@ -250,7 +251,7 @@ def _render_navigation(title: str, siblings: list[str], category: str) -> str:
     return (
         '\n<div class="navbox" role="navigation"><table class="navbox-inner"><tbody><tr>'
         f'<th class="navbox-title" colspan="2" scope="col"><div class="navbar"><ul>{marks}</ul></div>'
-        f"<div>{html.escape(category)}</div></th></tr><tr><th scope=\"row\">문서</th>"
+        f'<div>{html.escape(category)}</div></th></tr><tr><th scope="row">문서</th>'
         f'<td class="hlist"><div>\n<ul>{links}</ul>\n</div></td></tr></tbody></table></div>'
     )
 

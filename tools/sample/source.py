@@ -1,13 +1,13 @@
 """The sample's source text: articles in a small line-based notation, read and checked.
 
-    # 제목                      title
-    | 이름표 | 값               infobox row, directly below the title
-    문단                        one paragraph a line: '''bold''', [[link]], [[target|label]], [^] reference
-    ## 절   ### 소절            headings
-    !list 4                     a list; the number makes the whole block answer 4
-    * 항목   ** 아래 항목
-    !table 5                    a table, first row the header, cells separated by " | "
-    ? 1 질문                    a question; the number names {{1:answer}} in the text, or a block
+# 제목                      title
+| 이름표 | 값               infobox row, directly below the title
+문단                        one paragraph a line: '''bold''', [[link]], [[target|label]], [^] reference
+## 절   ### 소절            headings
+!list 4                     a list; the number makes the whole block answer 4
+* 항목   ** 아래 항목
+!table 5                    a table, first row the header, cells separated by " | "
+? 1 질문                    a question; the number names {{1:answer}} in the text, or a block
 """
 
 from __future__ import annotations

@@ -90,9 +90,7 @@ class Audit:
     def _list(self, describe: Callable[[Finding], str], findings: Sequence[Finding]) -> str:
         """The findings in words, those of one evaluated set together."""
         sets = dict.fromkeys(finding.where for finding in findings)
-        return "; ".join(
-            f"{', '.join(describe(f) for f in findings if f.where == where)} of {where}" for where in sets
-        )
+        return "; ".join(f"{', '.join(describe(f) for f in findings if f.where == where)} of {where}" for where in sets)
 
     def to_dict(self) -> dict[str, Any]:
         return {"training": self.training, "clean": self.clean, "sentence": self.sentence,

@@ -62,9 +62,7 @@ def compute_metrics(
     return values
 
 
-def mark_hits(
-    rankings: np.ndarray, relevant: Sequence[Collection[int] | np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def mark_hits(rankings: np.ndarray, relevant: Sequence[Collection[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Which ranks hold a relevant row: (Q, K) bool, and how many relevant rows each query has: (Q,).
 
     Raises ValueError as described in ``compute_metrics``.

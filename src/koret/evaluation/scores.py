@@ -71,9 +71,7 @@ class Verdict:
         return {k: None if isinstance(v, float) and v != v else v for k, v in asdict(self).items()}
 
 
-def judge(
-    base: Scores, tuned: Scores, groups: np.ndarray, metric: str = metrics.PRIMARY[0], **options: Any
-) -> Verdict:
+def judge(base: Scores, tuned: Scores, groups: np.ndarray, metric: str = metrics.PRIMARY[0], **options: Any) -> Verdict:
     """The paired verdict on ``tuned`` against ``base``, both scored on the same task.
 
     ``groups`` (Q,) are the task's; ``options`` go to ``significance.compare_paired``.
@@ -83,8 +81,18 @@ def judge(
     gap = compare_paired(base.per_query[metric], tuned.per_query[metric], groups, **options)
     means = float(base.per_query[metric].mean()), float(tuned.per_query[metric].mean())
     return Verdict(
-        gap.outcome, metric, *means, gap.mean, gap.low, gap.high, gap.p_value, gap.detectable, gap.queries, gap.groups,
-        base.task, _say(tuned.system, base.system, metric, means, gap),
+        gap.outcome,
+        metric,
+        *means,
+        gap.mean,
+        gap.low,
+        gap.high,
+        gap.p_value,
+        gap.detectable,
+        gap.queries,
+        gap.groups,
+        base.task,
+        _say(tuned.system, base.system, metric, means, gap),
     )
 
 

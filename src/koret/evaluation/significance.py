@@ -120,9 +120,7 @@ def expand_quantile(z: float, groups: int) -> float:
     return t * math.sqrt(groups / v)
 
 
-def find_p_value(
-    differences: np.ndarray, groups: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> float:
+def find_p_value(differences: np.ndarray, groups: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided p-value of the paired randomisation test, flipping whole groups.
 
     If both systems were the same, each group's difference would be as likely with the other sign. The p-value is the
@@ -143,7 +141,6 @@ def find_p_value(
         flips = rng.integers(0, 2, (min(step, resamples - start), len(sums)), dtype=np.int8)
         extreme += int((np.abs((2.0 * flips - 1) @ sums) >= limit).sum())
     return (extreme + 1) / (resamples + 1)
-
 
 
 def find_detectable_difference(differences: np.ndarray, groups: np.ndarray, power: float = POWER) -> float:

@@ -192,5 +192,3 @@ def _format_rank(rank: int | None) -> str:
 def _shorten(text: str, most: int = 110) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
-
-

@@ -81,10 +81,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def _cut_bigrams(texts: list[str]) -> list[list[str]]:
-    return [
-        [word[i : i + 2] for word in _WORD.findall(text) for i in range(max(1, len(word) - 1))]
-        for text in texts
-    ]
+    return [[word[i : i + 2] for word in _WORD.findall(text) for i in range(max(1, len(word) - 1))] for text in texts]
 
 
 def _cut_morphemes(texts: list[str]) -> list[list[str]]:

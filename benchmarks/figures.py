@@ -1,0 +1,45 @@
+"""Draw the pictures of README and docs from benchmarks/results: `python benchmarks/figures.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from koret.figures import make_figure, save_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
+COLOURS = {"base": "#b8bec7", "model": "#2d6cb3", "lexical": "#e08a3c"}
+NAMES = {"base": "base", "model": "tuned with koret", "lexical": "BM25"}
+
+
+def draw_korquad1() -> Path:
+    """Bars of four metrics for base, tuned and BM25: mean of the seeds, lines from the lowest to the highest bound."""
+    runs = json.loads((RESULTS / "korquad1.json").read_text(encoding="utf-8"))["runs"]
+    metrics = ("ndcg@10", "map", "mrr@10", "recall@10")
+    figure, axes = make_figure(1, 1, width=7.2, height=3.2)
+    place = np.arange(len(metrics))
+    for offset, role in zip((-0.27, 0.0, 0.27), NAMES, strict=True):
+        cells = [[run["systems"][role][metric] for run in runs] for metric in metrics]
+        means = np.array([np.mean([cell["mean"] for cell in row]) for row in cells])
+        low = means - [min(cell["low"] for cell in row) for row in cells]
+        high = np.array([max(cell["high"] for cell in row) for row in cells]) - means
+        axes.bar(place + offset, means, 0.25, color=COLOURS[role], label=NAMES[role])
+        axes.errorbar(place + offset, means, [low, high], fmt="none", ecolor="#444444", elinewidth=1, capsize=2)
+        for x, mean, up in zip(place + offset, means, high, strict=True):
+            axes.text(x, mean + up + 0.015, f"{mean:.2f}", ha="center", fontsize=8)
+    axes.set_xticks(place, ["nDCG@10", "MAP", "MRR@10", "recall@10"])
+    axes.set_ylim(0, 1.08)
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.17))
+    return save_figure(figure, PICTURES / "korquad1.svg")
+
+
+def main() -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    print(draw_korquad1())
+
+
+if __name__ == "__main__":
+    main()
