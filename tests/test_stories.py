@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "--model-name", "offline", "--dataset-root", "sample", "--train-split", "0.7", "--max-seq-length", "64",
     "--max-samples", "48", "--eval-samples", "40", "--eval-corpus-size", "60",
-    "--batch-size", "16",
-    "--num-epochs", "2", "--learning-rate", "2e-3", "--log-every-n-steps", "1", "--num-workers", "0", "--precision", "fp32",
+    "--batch-size", "16", "--num-epochs", "2", "--learning-rate", "2e-3", "--log-every-n-steps", "1",
+    "--num-workers", "0", "--precision", "fp32",
 ]  # fmt: skip
 
 
