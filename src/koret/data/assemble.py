@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
@@ -27,11 +28,16 @@ def assemble(staging: Path, target: Path, reports: Sequence[SourceReport]) -> st
     A question id that comes twice keeps its first occurrence when all are the same question and none when they
     differ; ``reports`` are corrected for it. Returns a SHA-256 over the tables. Memory holds one batch at a time.
     """
-    drop = _find_duplicates(staging, len(reports))
+    shards = range(len(reports))
+    drop = _find_duplicates(staging, shards)
     digest = hashlib.sha256()
-    starts = {name: _count_starts(staging, name, len(reports)) for name in SHARDS}
+    starts = {
+        "articles": list(accumulate((report.articles_kept for report in reports), initial=0)),
+        "passages": list(accumulate((report.passages for report in reports), initial=0)),
+    }
     for name in SHARDS:
-        digest.update(_join(staging, target / f"{name}.arrow", name, starts, drop if name == "questions" else {}))
+        gone = drop if name == "questions" else {}
+        digest.update(_join(staging, shards, target / f"{name}.arrow", name, starts, gone))
     with open(target / "rejects.jsonl", "wb") as file:
         for number, report in enumerate(reports):
             file.write(shard_path(staging, number, "rejects").read_bytes())
@@ -48,16 +54,14 @@ def _count_duplicate(report: SourceReport, identity: str, reason: str) -> dict[s
     return {"file": path, "member": member, "id": identity, "questions": 1, "reason": reason}
 
 
-def _find_duplicates(staging: Path, shards: int) -> dict[int, dict[int, tuple[str, str]]]:
+def _find_duplicates(staging: Path, shards: range) -> dict[int, dict[int, tuple[str, str]]]:
     """Question rows to leave out: shard -> row -> (id, reason)."""
     seen: dict[str, list[tuple[int, int, tuple]]] = {}
     first: dict[str, tuple[int, int, tuple]] = {}
-    for number in range(shards):
+    for number in shards:
         row = 0
         for batch in _read(shard_path(staging, number, "questions")):
-            keys = zip(
-                *(batch.column(name).to_numpy().tolist() for name in ("question_key", "answer_key")), strict=True
-            )
+            keys = zip(batch.column("question_key").to_pylist(), batch.column("answer_key").to_pylist(), strict=True)
             for identity, key in zip(batch.column("id").to_pylist(), keys, strict=True):
                 here = (number, row, key)
                 if identity in first:
@@ -73,16 +77,11 @@ def _find_duplicates(staging: Path, shards: int) -> dict[int, dict[int, tuple[st
     return drop
 
 
-def _count_starts(staging: Path, name: str, shards: int) -> list[int]:
-    starts = [0]
-    for number in range(shards):
-        starts.append(starts[-1] + sum(batch.num_rows for batch in _read(shard_path(staging, number, name))))
-    return starts
-
-
-def _join(staging: Path, path: Path, name: str, starts: dict[str, list[int]], drop: dict[int, dict]) -> bytes:
+def _join(
+    staging: Path, shards: range, path: Path, name: str, starts: dict[str, list[int]], drop: dict[int, dict]
+) -> bytes:
     with _HashedFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, "w"), SHARDS[name]) as writer:
-        for number in range(len(starts[name]) - 1):
+        for number in shards:
             row = 0
             for batch in _read(shard_path(staging, number, name)):
                 shifts = {column: starts[table][number] for column, table in _COUNTS[name].items()}
@@ -99,8 +98,9 @@ def _shift(column: pa.Array, by: int) -> pa.Array:
         return column
     if pa.types.is_list(column.type):
         return pa.ListArray.from_arrays(column.offsets, _shift(column.values, by))
-    moved = column.to_numpy(zero_copy_only=False) + by
-    return pa.Array.from_buffers(column.type, len(moved), [None, pa.py_buffer(np.ascontiguousarray(moved))])
+    kind = np.dtype(column.type.to_pandas_dtype())  # (to_numpy would import pandas: 50 MB)
+    numbers = np.frombuffer(column.buffers()[1], kind, len(column), column.offset * kind.itemsize)
+    return pa.Array.from_buffers(column.type, len(column), [None, pa.py_buffer(numbers + by)])
 
 
 def _without(batch: pa.RecordBatch, rows: list[int]) -> pa.RecordBatch:
@@ -114,6 +114,7 @@ def _read(path: Path) -> Iterator[pa.RecordBatch]:
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
             yield reader.get_batch(number)
+            pa.default_memory_pool().release_unused()
 
 
 class _HashedFile:

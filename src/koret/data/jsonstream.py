@@ -11,6 +11,8 @@ BLOCK = 1 << 20
 _LONGEST_VALUE = 512 << 20
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SCALAR_END = re.compile(rb"[\s,}\]]")
+_CLOSING_QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')  # an even number of backslashes before it
+_BACKSLASH = 0x5C
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
 
 
@@ -104,17 +106,13 @@ class JsonStream:
     def _skip_string(self, start: int) -> int:
         position = start + 1
         while True:
-            quote = self.buffer.find(b'"', position)
-            if quote < 0:
-                position = len(self.buffer)
-                self._grow(start)
-                continue
-            before = quote
-            while self.buffer[before - 1] == 0x5C:  # backslash
-                before -= 1
-            position = quote + 1
-            if (quote - before) % 2 == 0:
-                return position
+            found = _CLOSING_QUOTE.search(self.buffer, position)
+            if found:
+                return found.end()
+            position = len(self.buffer)
+            while self.buffer[position - 1] == _BACKSLASH:  # a run of them is judged as a whole
+                position -= 1
+            self._grow(start)
 
     def _skip_scalar(self, start: int) -> int:
         position = start

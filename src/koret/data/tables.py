@@ -49,7 +49,7 @@ QUESTIONS = pa.schema(
     ]
 )
 
-_BATCH_CHARACTERS, _ROW_CHARACTERS = 4_000_000, 100  # of a batch; of the numbers in a row
+_BATCH_CHARACTERS, _ROW_CHARACTERS = 1_000_000, 100  # of a batch; of the numbers in a row
 
 
 def make_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
