@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +10,9 @@ import msgspec
 import orjson
 
 from koret.data.jsonstream import BLOCK, EndOfFile, JsonStream
+from koret.data.shape import Shape, learn_shape
 from koret.data.sources import DataError, Source, find_sources, open_source
+from koret.data.validation import find_fault, peek_id, peek_title
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -202,7 +202,7 @@ class ArticleReader:
         position = stream.skip_space(position + 1)
         while stream.peek(position) != b"]":
             if previous and shape is None and not self._strict:
-                shape = _learn_shape(previous, bytes(stream.buffer[gap_start:position])) or False
+                shape = learn_shape(previous, bytes(stream.buffer[gap_start:position])) or False
             previous = b""
             hopped = self._hop(stream, position, shape) if shape else None
             if hopped:
@@ -227,7 +227,7 @@ class ArticleReader:
 
     # ---- the usual shape: jump over raw_html without parsing it
 
-    def _hop(self, stream: JsonStream, start: int, shape: _Shape) -> tuple[list[Article | Reject], int] | None:
+    def _hop(self, stream: JsonStream, start: int, shape: Shape) -> tuple[list[Article | Reject], int] | None:
         """The article at ``start`` and where it ends, or None where it does not have the learnt shape.
 
         Inside a JSON string a quote is always escaped, so the byte strings looked for can only be structure; each
@@ -245,7 +245,9 @@ class ArticleReader:
         try:
             head = _decode_head(bytes(buffer[start:context]).rstrip(b", \t\r\n") + b"}")
             asked = _decode_questions(bytes(buffer[questions + len(shape.questions) - 1 : end]))
-            page = orjson.loads(bytes(buffer[context + len(shape.context) - 1 : text + 1])) if self._contexts else None
+            page = None
+            if self._contexts:
+                page = orjson.loads(memoryview(buffer)[context + len(shape.context) - 1 : text + 1])
         except (ValueError, RecursionError):
             return None
         return self._make_records(head.title, head.url, page, asked), end + shape.closing
@@ -253,7 +255,7 @@ class ArticleReader:
     # ---- anything else: one whole article
 
     def _read_whole(self, raw: bytes) -> list[Article | Reject]:
-        problem = _find_fault(raw) if self._strict else None
+        problem = find_fault(raw) if self._strict else None
         try:
             article = _decode_article(raw)
         except RecursionError:
@@ -263,7 +265,7 @@ class ArticleReader:
         if not problem and article.context is None and article.paragraphs is None:
             problem = "neither 'context' nor 'paragraphs'"
         if problem:
-            return [self._reject(problem, questions=raw.count(b'"question"'), article=_peek_title(raw))]
+            return [self._reject(problem, questions=raw.count(b'"question"'), article=peek_title(raw))]
         if article.paragraphs is not None:
             return self._make_squad_records(article)
         return self._make_records(article.title or "", article.url or "", article.context, article.qas)
@@ -303,7 +305,7 @@ class ArticleReader:
             try:
                 question = _decode_question(question)
             except (ValueError, RecursionError) as error:
-                return self._reject(f"not a valid question: {error}", article=title, id=_peek_id(question))
+                return self._reject(f"not a valid question: {error}", article=title, id=peek_id(question))
         given = question.answers if question.answer is None else question.answer
         answers = given if isinstance(given, list) else [given] if given is not None else []
         answers = [Answer(a, -1) if isinstance(a, str) else Answer(a.text, a.answer_start) for a in answers]
@@ -358,96 +360,3 @@ class ArticleReader:
             except UnicodeDecodeError:
                 hint = "save it as UTF-8"
             raise DataError(f"{self.source.name} is not UTF-8 (byte {start + error.start:,}): {hint}") from None
-
-
-# ---- what the articles of a file look like
-
-
-class _Shape(msgspec.Struct, frozen=True):
-    """Byte strings between the parts of an article, as the first article of the file has them."""
-
-    separator: bytes  # `}, {"title"`
-    context: bytes  # `"context": "`
-    raw_html: bytes  # `", "raw_html": "`
-    questions: bytes  # `", "qas": [`
-    closing: int  # bytes from the end of the questions to the end of the article
-
-
-def _learn_shape(article: bytes, gap: bytes) -> _Shape | None:
-    """The shape of an article, ``gap`` being what stands between it and the next; None: no such shape."""
-    members = _list_members(article)
-    names = [name for name, *_ in members]
-    if names[-3:] != [b'"context"', b'"raw_html"', b'"qas"'] or names[0] != b'"title"' or len(set(names)) < len(names):
-        return None
-    context, raw_html, questions = members[-3:]
-    opened = (article[context[2] : context[2] + 1], article[raw_html[2] : raw_html[2] + 1], article[questions[2]])
-    if opened != (b'"', b'"', ord("[")) or article[questions[3] : -1].strip():
-        return None
-    return _Shape(
-        separator=article[questions[3] :] + gap + article[: members[0][1] + len(names[0])],
-        context=article[context[1] : context[2] + 1],
-        raw_html=article[context[3] - 1 : raw_html[2] + 1],
-        questions=article[raw_html[3] - 1 : questions[2] + 1],
-        closing=len(article) - questions[3],
-    )
-
-
-def _list_members(article: bytes) -> list[tuple[bytes, int, int, int]]:
-    """(key, where the key starts, where its value starts, where its value ends) of an object known to be whole."""
-    stream = JsonStream(io.BytesIO(article), "article")
-    members, position = [], stream.skip_space(1)
-    while stream.peek(position) != b"}":
-        key_end = stream.skip_value(position)
-        value = stream.skip_space(stream.skip_space(key_end) + 1)
-        end = stream.skip_value(value)
-        members.append((article[position:key_end], position, value, end))
-        position = stream.skip_space(end)
-        if stream.peek(position) == b",":
-            position = stream.skip_space(position + 1)
-    return members
-
-
-def _find_fault(raw: bytes) -> str | None:
-    """What only a complete parse shows: duplicate keys, NaN, a wrong html_answer_start."""
-
-    def refuse_twins(members: list[tuple[str, object]]) -> dict:
-        made = dict(members)
-        if len(made) < len(members):
-            names = [name for name, _ in members]
-            raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
-        return made
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
-    try:
-        article = json.loads(raw, object_pairs_hook=refuse_twins, parse_constant=refuse_constant)
-        json.dumps(article, ensure_ascii=False).encode()
-    except RecursionError:
-        return "nested too deeply"
-    except ValueError as error:
-        return f"not valid: {error}"
-    page = article.get("raw_html") if isinstance(article, dict) else None
-    for question in (article.get("qas") or ()) if isinstance(page, str) else ():
-        answer = question.get("answer") if isinstance(question, dict) else None
-        start, text = (answer.get(key) for key in ("html_answer_start", "html_answer_text")) if answer else (None, None)
-        if isinstance(start, int) and isinstance(text, str) and not page.startswith(text, start):
-            return f"html_answer_text of question {question.get('id')} is not at html_answer_start"
-    return None
-
-
-def _peek_title(raw: bytes) -> str:
-    found = re.search(rb'"title"\s*:\s*("(?:[^"\\]|\\.){0,500}")', raw)
-    return _decode_or_empty(found[1] if found else b"")
-
-
-def _peek_id(raw: msgspec.Raw) -> str:
-    found = re.search(rb'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,30})', bytes(raw))
-    return _decode_or_empty(found[1] if found else b"")
-
-
-def _decode_or_empty(raw: bytes) -> str:
-    try:
-        return str(msgspec.json.decode(raw))
-    except ValueError:
-        return ""

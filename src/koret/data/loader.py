@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
 
-from koret.data import assemble, totals, workers
-from koret.data.korquad import UNANSWERABLE
+from koret.data import assemble, workers
+from koret.data.account import DEFAULT_MAX_BAD, check_report, describe_source, make_report, report_source
+from koret.data.account import format_report as format_report
 from koret.data.prepare import SHARDS, Settings, SourceReport
 from koret.data.sources import DataError, Source, find_sources
 from koret.data.tables import ARTICLES as ARTICLES
@@ -25,9 +25,6 @@ from koret.data.tables import QUESTIONS as QUESTIONS
 from koret.files import hold_lock, stage_folder, write_json
 
 SAMPLE = Path(__file__).parent / "sample" / "korquad2.1_sample.json"
-DEFAULT_MAX_BAD = 0.001
-_ALWAYS_TOLERATED = 10  # bad records, under the default share: one bad line does not stop a small set
-_HARMLESS = (UNANSWERABLE, assemble.IDENTICAL)  # left out by design, no sign of bad data
 _QUIET_BYTES = 64 << 20  # a single source below this is prepared without progress lines
 _HASHED = 1 << 16  # bytes hashed at either end of a large file
 
@@ -96,7 +93,7 @@ def load_dataset(
                 dataset = _open_prepared(folder)
         if dataset is None:
             raise DataError(f"the prepared data in {folder} vanished while it was opened: run again")
-    _check_report(dataset, max_bad)
+    check_report(dataset.report, dataset.directory, max_bad)
     return dataset
 
 
@@ -172,7 +169,7 @@ def _prepare(
         for shard in shards.iterdir():
             shard.unlink()
         shards.rmdir()
-        report = _make_report(root, reports, ignored, started)
+        report = make_report("sample" if root == SAMPLE else str(root), reports, ignored, started)
         write_json(
             staging / "manifest.json",
             {
@@ -211,9 +208,7 @@ def _show_progress(sources: Sequence[Source], progress: bool):
 
         def print_line(report: SourceReport) -> None:
             done.append(report)
-            print(
-                f"[{len(done)}/{len(sources)}] {_describe_source(report_source(report))}", file=sys.stderr, flush=True
-            )
+            print(f"[{len(done)}/{len(sources)}] {describe_source(report_source(report))}", file=sys.stderr, flush=True)
 
         yield print_line
         return
@@ -232,113 +227,8 @@ def _show_progress(sources: Sequence[Source], progress: bool):
         yield lambda report: bar.update(task, advance=report.bytes, name=report.name)
 
 
-# ---- the account
-
-
-def report_source(report: SourceReport) -> dict[str, Any]:
-    """A source's report as nested plain values."""
-    kinds = {
-        kind: {state: getattr(report, f"{kind}_{state}") for state in ("seen", "kept", "rejected")}
-        for kind in ("articles", "questions")
-    }
-    rest = msgspec.to_builtins(report)
-    return {key: value for key, value in rest.items() if not key.startswith(("articles_", "questions_"))} | kinds
-
-
-def _make_report(
-    root: Path, reports: list[SourceReport], ignored: list[tuple[str, str]], started: float
-) -> dict[str, Any]:
-    sources = [report_source(report) for report in reports]
-    reasons: dict[str, int] = {}
-    for source in sources:
-        for reason, count in source["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    formats = list(dict.fromkeys(source["format"] for source in sources))
-    total = {
-        kind: {state: sum(source[kind][state] for source in sources) for state in ("seen", "kept", "rejected")}
-        for kind in ("articles", "questions")
-    }
-    return {
-        "root": "sample" if root == SAMPLE else str(root),
-        "format": formats[0] if len(formats) == 1 else f"mixed: {', '.join(formats)}",
-        **total,
-        "passages": sum(source["passages"] for source in sources),
-        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
-        "moved_answers": sum(source["moved_answers"] for source in sources),
-        "wide_answers": sum(source["wide_answers"] for source in sources),
-        "sources": sources,
-        "ignored": [{"name": name, "reason": reason} for name, reason in ignored],
-        "notes": totals.compare_totals(sources),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """The account as lines of text: totals, reasons, what was ignored, and each source where there are several."""
-    articles, questions = report["articles"], report["questions"]
-    lines = [
-        f"{report['root']} ({report['format']}, {_count(len(report['sources']), 'file')}): "
-        f"{articles['kept']:,} of {_count(articles['seen'], 'article')}, "
-        f"{questions['kept']:,} of {_count(questions['seen'], 'question')} kept, "
-        f"{_count(report['passages'], 'passage')}"
-    ]
-    lines += [f"  left out {count:,}: {reason}" for reason, count in report["reasons"].items()]
-    if report["moved_answers"]:
-        lines.append(f"  {_count(report['moved_answers'], 'answer')} placed at the only occurrence of the text")
-    if report["wide_answers"]:
-        lines.append(f"  {_count(report['wide_answers'], 'answer')} longer than a passage")
-    lines += [f"  ignored {item['name']}: {item['reason']}" for item in report["ignored"]]
-    lines += [f"  note: {note}" for note in report["notes"]]
-    if len(report["sources"]) > 1:
-        lines += [f"  {_describe_source(source)}" for source in report["sources"]]
-    return "\n".join(lines)
-
-
-def _describe_source(source: dict[str, Any]) -> str:
-    rejected = source["articles"]["rejected"] + source["questions"]["rejected"]
-    return (
-        f"{source['name']}: {_count(source['articles']['kept'], 'article')}, "
-        f"{_count(source['questions']['kept'], 'question')}" + (f", {rejected:,} left out" if rejected else "")
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _check_settings(num_workers: int, max_bad: float) -> None:
     if num_workers < 0:
         raise ValueError(f"num_workers must be 0 or more, not {num_workers}")
     if not 0 <= max_bad <= 1:
         raise ValueError(f"max_bad is a share between 0 and 1, not {max_bad}")
-
-
-def _check_report(dataset: Dataset, max_bad: float) -> None:
-    """Raise DataError when too much was rejected, or everything."""
-    report = dataset.report
-    harmless = sum(report["reasons"].get(reason, 0) for reason in _HARMLESS)
-    lost_articles = report["articles"]["rejected"]
-    bad = report["questions"]["rejected"] - harmless + lost_articles
-    seen = report["questions"]["seen"] + lost_articles
-    allowed = max(max_bad * seen, _ALWAYS_TOLERATED if max_bad == DEFAULT_MAX_BAD else 0)
-    if report["questions"]["kept"] and bad <= allowed:
-        return
-    worst = "".join(f"\n  {count:,} x {reason}" for reason, count in list(report["reasons"].items())[:5])
-    listed = (
-        f"{worst}\nfirst: {_read_first_reject(dataset.directory)}\nall: {dataset.directory / 'rejects.jsonl'}"
-        if bad
-        else ""
-    )
-    if not report["questions"]["kept"]:
-        raise DataError(f"no usable question in {report['root']} ({report['questions']['seen']:,} seen){listed}")
-    raise DataError(
-        f"{bad:,} of {seen:,} records of {report['root']} are bad, more than the share of {max_bad:g} allowed "
-        f"(max_bad){listed}"
-    )
-
-
-def _read_first_reject(directory: Path) -> str:
-    with open(directory / "rejects.jsonl", "rb") as file:
-        line = msgspec.json.decode(file.readline() or b"{}")
-    where = [line.get("file", ""), line.get("member", ""), line.get("article", ""), line.get("id", "")]
-    return f"{', '.join(part for part in where if part)}: {line.get('reason', '')}"
