@@ -51,7 +51,9 @@ def _count_duplicate(report: SourceReport, identity: str, reason: str) -> dict[s
     report.questions_rejected += 1
     report.reasons[reason] = report.reasons.get(reason, 0) + 1
     path, _, member = report.name.partition("!")
-    return {"file": path, "member": member, "id": identity, "questions": 1, "reason": reason}
+    return {
+        "file": path, "member": member, "article": "", "position": -1, "id": identity, "questions": 1, "reason": reason,
+    }  # fmt: skip
 
 
 def _find_duplicates(staging: Path, shards: range) -> dict[int, dict[int, tuple[str, str]]]:
