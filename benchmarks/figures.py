@@ -19,7 +19,7 @@ def draw_korquad1() -> Path:
     """Bars of four metrics for base, tuned and BM25: mean of the seeds, lines from the lowest to the highest bound."""
     runs = json.loads((RESULTS / "korquad1.json").read_text(encoding="utf-8"))["runs"]
     metrics = ("ndcg@10", "map", "mrr@10", "recall@10")
-    figure, axes = make_figure(1, 1, width=7.2, height=3.2)
+    figure, (axes,) = make_figure(width=7.2, height=3.2)
     place = np.arange(len(metrics))
     for offset, role in zip((-0.27, 0.0, 0.27), NAMES, strict=True):
         cells = [[run["systems"][role][metric] for run in runs] for metric in metrics]
