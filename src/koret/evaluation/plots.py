@@ -85,7 +85,7 @@ def draw_recall(section: Section) -> Figure:
     axis.minorticks_off()
     axis.set_xlabel("results looked at (k)", color=INK)
     axis.set_ylim(0, 1.02)
-    _finish(axis, f"{section.task.name}: recall@k with 95% bands", legend="lower right")
+    _finish(axis, f"{section.task.name}: recall@k with 95% bands", drop=0.14)
     return figure
 
 
@@ -172,10 +172,10 @@ def _choose_colours(rows: list[Row]) -> dict[str, str]:
     return {row.system: _COLOURS.get(row.role) or next(others, INK) for row in rows}
 
 
-def _finish(axis, title: str, legend: str = "outside") -> None:
+def _finish(axis, title: str, legend: str = "outside", drop: float = 0.09) -> None:
     axis.set_title(title, color=INK, fontsize=11, loc="left")
     axis.grid(axis="y", color=RULE, linewidth=0.8)
     if legend == "outside":
-        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3)
+        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -drop), ncols=3)
     else:
         axis.legend(frameon=False, fontsize=9, loc=legend)
