@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _import_commands().run(options) or DONE
     except KeyboardInterrupt as error:  # a training says where it stopped and how to go on
-        print(f"koret: {error}" if str(error) else "koret: interrupted", file=sys.stderr)
+        print(f"koret: {error}; go on with --resume" if str(error) else "koret: interrupted", file=sys.stderr)
         return getattr(error, "exit_code", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, `koret runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
