@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,30 @@ FIELDS = ("id", "url", *QUERY, *POSITIVE, *NEGATIVE, *ANSWER, *ARTICLE)
 Numbered = tuple[int, "dict[str, Any] | str"]  # line or row number, and the record or what is wrong with it
 
 
-def open_reader(source: Source) -> PairReader:
+def open_reader(source: Source) -> Reader:
     """The reader for a source that is no KorQuAD or SQuAD JSON."""
     readers = {"jsonl": JsonLinesReader, "table": TableReader, "beir": BeirReader, "documents": DocumentReader}
     return readers[source.format](source)
 
 
-class PairReader:
-    """Records of (query, positive) as articles.
-
-    Rows that name the same ``article`` (or ``title``) become one article; without a name, rows with the same positive
-    do. So one file is held in memory. A row that cannot be used is a Reject with its number as position.
-    """
+class Reader:
+    """A source of articles that says, record by record, what it could not use."""
 
     format, version = "pairs", ""
 
     def __init__(self, source: Source) -> None:
         self.source = source
+
+    def reject(self, number: int, reason: str, identity: str = "") -> Reject:
+        return Reject(self.source.name, reason, number, id=identity)
+
+
+class PairReader(Reader, ABC):
+    """Records of (query, positive) as articles.
+
+    Rows that name the same ``article`` (or ``title``) become one article; without a name, rows with the same positive
+    do. So one file is held in memory. A row that cannot be used is a Reject with its number as position.
+    """
 
     def __iter__(self) -> Iterator[Article | Reject]:
         groups: dict[object, _Group] = {}
@@ -57,11 +65,9 @@ class PairReader:
         for group in groups.values():
             yield group.make_article(self.source.name)
 
+    @abstractmethod
     def read_records(self) -> Iterable[Numbered]:
-        raise NotImplementedError
-
-    def reject(self, number: int, reason: str, identity: str = "") -> Reject:
-        return Reject(self.source.name, reason, number, id=identity)
+        """Every record with its number, or what is wrong with it."""
 
 
 class _Pair(msgspec.Struct):
@@ -245,7 +251,7 @@ class TableReader(PairReader):
                 )
 
 
-class BeirReader(PairReader):
+class BeirReader(Reader):
     """A BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv.
 
     Documents that answer the same query form one article, so that a split by article keeps them together.
@@ -316,7 +322,7 @@ def _find_root(owner: dict[str, str], document: str) -> str:
     return document
 
 
-class DocumentReader(PairReader):
+class DocumentReader(Reader):
     """A folder of HTML, Markdown or text files, and questions.jsonl with "question", "file" and maybe "answer"."""
 
     format = "documents"
