@@ -1,0 +1,121 @@
+"""What an index needs of a place that keeps passages and their vectors, and the conditions a search may set.
+
+The folder index (``folder``) and the doors to database engines keep this contract, so that they give the same results
+on the same data. Letters: Q queries, N passages, D dimensions, K results.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+Value = str | int | float | bool
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A passage as it is kept: what is encoded is ``passages.join_heading(heading, text)``."""
+
+    id: str  # unique: the document's id, '#' and the passage's number in it, from 1
+    document: str  # id of the document it was cut from
+    heading: str  # 제목 > 절; may be empty
+    text: str
+    version: str  # hash of the whole document: equal versions need not be encoded again
+    metadata: dict[str, Value] = {}
+
+
+Found = list[tuple[Entry, float]]  # best first, with cosine similarities
+
+
+class Condition(msgspec.Struct, frozen=True):
+    """One condition on a passage's metadata; 'document' and 'heading' are understood as keys too."""
+
+    key: str
+    sign: str  # = != < <= > >=
+    value: Value
+
+    def accept(self, values: dict[str, Value]) -> bool:
+        """Whether ``values`` meet the condition; a missing key or a value of another type meets only '!='."""
+        own = values.get(self.key)
+        if own is None or isinstance(own, str) != isinstance(self.value, str):
+            return self.sign == "!="
+        return bool(_SIGNS[self.sign](own, self.value))
+
+
+class Store(Protocol):
+    """Passages with their vectors, kept safely.
+
+    ``info`` is what the index wrote about itself when it was made (``index.IndexInfo`` as a plain dict).
+    """
+
+    info: dict[str, Any]
+
+    def add(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
+        """Keep passages and their unit vectors (N, D) float32; once this returns, no crash loses them.
+
+        All passages of a document come in one call and replace, in one step, those the document had.
+        """
+
+    def delete(self, documents: Sequence[str]) -> int:
+        """Forget documents; returns how many passages went. Unknown documents are passed over."""
+
+    def search(self, vectors: np.ndarray, k: int, where: Sequence[Condition] = ()) -> list[Found]:
+        """The K passages of largest cosine for each of the query vectors (Q, D), among those that meet ``where``.
+
+        Order is (score descending, id ascending).
+        """
+
+    def count(self) -> int:
+        """How many passages are kept."""
+
+    def find_versions(self, documents: Sequence[str]) -> list[str | None]:
+        """The version kept of each document, None where it is unknown."""
+
+    def list_documents(self) -> Iterator[str]:
+        """The id of every document kept, in no particular order."""
+
+    def close(self) -> None:
+        """Let go of files and connections; the store cannot be used afterwards."""
+
+
+_SIGNS = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_CONDITION = re.compile(r"\s*([^=!<>\s]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+
+
+def parse_condition(text: str) -> Condition:
+    """``key=value``, ``key!=value``, ``year>=1990`` -> Condition.
+
+    true and false are booleans, what reads as a finite number is one; quotes ("...") keep a value text. Raises
+    ValueError showing the forms.
+    """
+    found = _CONDITION.fullmatch(text)
+    if not found or not found[3]:
+        raise ValueError(f"cannot read the condition {text!r}; write key=value, key!=value or key>=number")
+    key, sign, value = found.groups()
+    return Condition(key, sign, _parse_value(value))
+
+
+def _parse_value(text: str) -> Value:
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        return text[1:-1]
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if np.isfinite(value):
+            return value
+    return text
