@@ -12,7 +12,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "koret"
 # from the top: a module may import from its own layer and those below
 LAYERS = [
-    ["cli", "commands"],
+    ["cli"],
+    ["commands"],
+    ["web"],
     ["training"],
     ["evaluation"],
     ["retrieval"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import logging
 import os
@@ -12,8 +11,46 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from koret import __version__
-from koret.config import TrainingConfig
+from koret.commands import data, evaluate, runs, search, train
 
+# name, help, the function that adds its options, the function that runs it
+COMMANDS = (
+    ("download", "fetch the official KorQuAD files, resumable and verified", data.add_download, data.download),
+    (
+        "stats",
+        "show what a data set contains: counts, lengths, duplicates, losses, leakage",
+        data.add_stats,
+        data.show_stats,
+    ),
+    ("train", "fine-tune a model and prove what it gained", train.add_train, train.train),
+    (
+        "evaluate",
+        "score a model on a data set, with intervals and baselines",
+        evaluate.add_evaluate,
+        evaluate.evaluate,
+    ),
+    (
+        "compare",
+        "wins and losses of one model against another, query by query",
+        evaluate.add_compare,
+        evaluate.compare,
+    ),
+    (
+        "sweep",
+        "how much of a tuning to keep: scores between base and tuned, at home and elsewhere",
+        evaluate.add_sweep,
+        evaluate.sweep,
+    ),
+    ("search", "find the passages that answer a question", search.add_search, search.search),
+    ("runs", "list runs, show one, or compare several", runs.add_runs, runs.show_runs),
+    ("tensorboard", "show the runs in TensorBoard", runs.add_tensorboard, runs.start_tensorboard),
+    (
+        "examples",
+        "three worked examples: one query, a batch, similarities",
+        search.add_examples,
+        search.show_examples,
+    ),
+)
 DONE, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 130
 
@@ -41,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error("unrecognized arguments: " + " ".join(rest))
     _quieten_libraries()
     try:
-        return _import_commands().run(options) or DONE
+        return options.run(options) or DONE
     except KeyboardInterrupt as error:  # a training says where it stopped and how to go on
         print(f"koret: {error}; go on with --resume" if str(error) else "koret: interrupted", file=sys.stderr)
         return getattr(error, "exit_code", INTERRUPTED)
@@ -53,12 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"koret: {str(error).strip() or type(error).__name__}", file=sys.stderr)
         return getattr(error, "exit_code", USAGE if isinstance(error, (ValueError, FileNotFoundError)) else FAILED)
-
-
-def _import_commands():
-    from koret import commands
-
-    return commands
 
 
 def _quieten_libraries() -> None:
@@ -78,154 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="koret", description="Fine-tune Korean retrieval embeddings, and prove that they got better.")
     parser.add_argument("--version", action="version", version=f"koret {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
+    for name, help, add_options, run in COMMANDS:
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        command.set_defaults(command=name, parser=command)
-        return command
-
-    _add_download(add("download", "fetch the official KorQuAD files, resumable and verified"))
-    _add_stats(add("stats", "show what a data set contains: counts, lengths, duplicates, losses, leakage"))
-    _add_train(add("train", "fine-tune a model and prove what it gained"))
-    _add_evaluate(add("evaluate", "score a model on a data set, with intervals and baselines"))
-    _add_compare(add("compare", "wins and losses of one model against another, query by query"))
-    _add_sweep(add("sweep", "how much of a tuning to keep: scores between base and tuned, at home and elsewhere"))
-    _add_search(add("search", "find the passages that answer a question"))
-    _add_runs(add("runs", "list runs, show one, or compare several"))
-    _add_tensorboard(add("tensorboard", "show the runs in TensorBoard"))
-    _add_examples(add("examples", "three worked examples: one query, a batch, similarities"))
+        command.set_defaults(run=run, parser=command)
+        add_options(command)
     return parser
-
-
-def _add_download(command: argparse.ArgumentParser) -> None:
-    command.add_argument("dataset", choices=["korquad-1.0", "korquad-2.0", "korquad-2.1"])
-    command.add_argument("--dest", required=True, metavar="DIR", help="where the files go")
-    command.add_argument("--base-url", metavar="URL", help="a mirror with the official layout")
-    command.add_argument("--jobs", type=int, default=2, help="files fetched at a time (default 2)")
-
-
-def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--num-workers", type=int, default=4, help="processes that read and clean (default 4)")
-    command.add_argument("--strict", action="store_true", help="validate every byte, raw_html included")
-    command.add_argument(
-        "--max-bad", type=float, default=0.001, metavar="SHARE", help="stop above this share of bad records"
-    )
-
-
-def _add_stats(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="DATA", help="file, folder or zip, or 'sample'")
-    command.add_argument("--out", metavar="DIR", help="write statistics.json, plots and report.html here")
-    command.add_argument("--model", metavar="MODEL", help="count tokens as this model does")
-    command.add_argument(
-        "--max-seq-length", type=int, default=256, help="length that counts as truncated (default 256)"
-    )
-    command.add_argument(
-        "--against", metavar="DATA", action="append", default=[], help="look for overlap with this set too"
-    )
-    command.add_argument("--json", action="store_true", help="print the statistics as JSON")
-    _add_data_options(command)
-
-
-def _add_train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here win over it")
-    command.add_argument("--resume", metavar="RUN", help="continue a run: its directory, its name, or 'latest'")
-    command.add_argument("--dry-run", action="store_true", help="print the plan, train nothing")
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in dataclasses.fields(TrainingConfig):
-        name = f.metadata["group"]
-        group = groups.setdefault(name, command.add_argument_group(name))
-        default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-        group.add_argument(
-            "--" + f.name.replace("_", "-"),
-            dest=f"setting_{f.name}",
-            metavar="VALUE",
-            nargs="*" if isinstance(f.default, tuple) else None,
-            help=f"{f.metadata['help']} (default {'none' if default is None else default})".replace("%", "%%"),
-        )
-
-
-def _add_evaluate(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run, model directory, hub name, 'offline' or 'latest'")
-    command.add_argument("--dataset-root", required=True, metavar="DATA", help="file, folder or zip, or 'sample'")
-    command.add_argument("--baseline", metavar="BASE", help="a second model, scored on the same questions")
-    command.add_argument("--bm25", action=argparse.BooleanOptionalAction, default=True, help="score BM25 as well")
-    command.add_argument(
-        "--split", choices=["auto", "all", "held-out"], default="auto",
-        help="questions to ask; auto: those a run held out when it was trained on this data, else all",
-    )  # fmt: skip
-    command.add_argument("--extra", metavar="DIR", action="append", default=[], help="also score this BEIR-layout set")
-    command.add_argument("--probes", action="store_true", help="also score NFD, unspaced, particle and typo variants")
-    command.add_argument("--max-queries", type=int, metavar="N", help="ask at most N questions")
-    command.add_argument(
-        "--max-seq-length", type=int, metavar="N", help="cut texts to N tokens (default: the model's own)"
-    )
-    command.add_argument("--json", metavar="FILE", help="write the report as JSON ('-': print it)")
-    command.add_argument("--out", metavar="DIR", help="write report.html, plots, report.json and per-query results")
-    command.add_argument("--trec", metavar="DIR", help="write TREC run and qrels files")
-    _add_data_options(command)
-
-
-def _add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model_a", metavar="MODEL_A")
-    command.add_argument("model_b", metavar="MODEL_B")
-    command.add_argument("--dataset-root", required=True, metavar="DATA")
-    command.add_argument("--split", choices=["auto", "all", "held-out"], default="auto")
-    command.add_argument("--max-queries", type=int, metavar="N", help="ask at most N questions")
-    command.add_argument(
-        "--moves", type=int, default=20, metavar="N", help="largest moves shown either way (default 20)"
-    )
-    command.add_argument("--json", action="store_true", help="print the comparison as JSON")
-    _add_data_options(command)
-
-
-def _add_sweep(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run, model directory or 'latest'")
-    command.add_argument("--dataset-root", required=True, metavar="DATA", help="the set it was tuned for")
-    command.add_argument("--baseline", metavar="BASE", help="default: what the run was tuned from")
-    command.add_argument(
-        "--weights",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0],
-        metavar="W",
-        help="shares of the tuning",
-    )
-    command.add_argument(
-        "--extra", metavar="DIR", action="append", default=[], help="a BEIR-layout set not to get worse on"
-    )
-    command.add_argument("--split", choices=["auto", "all", "held-out"], default="auto")
-    command.add_argument("--max-queries", type=int, metavar="N", help="ask at most N questions")
-    command.add_argument("--save", metavar="DIR", help="write the chosen model here")
-    command.add_argument("--plot", metavar="FILE", help="draw the trade-off (PNG or SVG)")
-    command.add_argument("--json", action="store_true", help="print as JSON")
-    _add_data_options(command)
-
-
-def _add_search(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="run, model directory, hub name, 'offline' or 'latest'")
-    command.add_argument("query", metavar="QUESTION")
-    command.add_argument(
-        "--passages", metavar="FILE", help="text file (a passage a line) or any data set; default: the run's own data"
-    )
-    command.add_argument("--top-k", type=int, default=5, help="passages shown (default 5)")
-    command.add_argument("--json", action="store_true", help="print the hits as JSON")
-
-
-def _add_runs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", metavar="RUN", nargs="*", help="run directories or names; none lists all runs")
-    command.add_argument("--log-dir", default="./logs/tensorboard", metavar="DIR")
-    command.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def _add_tensorboard(command: argparse.ArgumentParser) -> None:
-    command.add_argument("log_dir", nargs="?", default="./logs/tensorboard", metavar="LOG_DIR")
-    command.add_argument("--host", default="0.0.0.0", help="address to listen on (default 0.0.0.0: every network)")
-    command.add_argument("--port", type=int, default=6006)
-
-
-def _add_examples(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", nargs="?", help="default: the newest run, else the offline base")
 
 
 if __name__ == "__main__":
