@@ -30,8 +30,8 @@ train: $(STAMP) ## fine-tune the offline base on the embedded sample and print t
 test: $(STAMP) ## run the default test suite
 	$(BIN)/python -m pytest
 
-slow: $(STAMP) ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow --timeout 3600
+slow: $(STAMP) ## run the tests that take minutes, the browser's among them
+	$(BIN)/python -m pytest -m "slow or browser" --timeout 3600
 
 lint: $(STAMP) ## check style and imports
 	$(BIN)/ruff check src tests benchmarks tools
