@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "koret"
 LAYERS = [
     ["cli"],
     ["commands"],
-    ["web"],
+    ["web", "serving"],
+    ["export"],
     ["training"],
     ["evaluation"],
     ["retrieval"],
