@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from koret.data.loader import load_dataset as load_dataset
     from koret.data.markup import clean_html_text as clean_html_text
     from koret.evaluation.evaluator import evaluate as evaluate
+    from koret.retrieval.index import build_index as build_index
+    from koret.retrieval.index import open_index as open_index
     from koret.retrieval.inference import E5KorQuADInference as E5KorQuADInference
     from koret.training.lora import print_lora_info as print_lora_info
     from koret.training.lora import setup_lora_model as setup_lora_model
@@ -26,6 +28,8 @@ _HOMES = {
     "clean_html_text": "koret.data.markup",
     "setup_lora_model": "koret.training.lora",
     "print_lora_info": "koret.training.lora",
+    "build_index": "koret.retrieval.index",
+    "open_index": "koret.retrieval.index",
     "evaluate": "koret.evaluation.evaluator",
 }
 __all__ = ["__version__", *_HOMES]

@@ -5,6 +5,8 @@ Letters: Q queries, N corpus rows, D dimensions, K results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 _NUMBERS_AT_ONCE = 1 << 19  # float64 numbers gathered together: they stay in the cache
@@ -34,45 +36,64 @@ def find_top_k(
         raise ValueError(f"k must be at least 1, not {k}")
     _require_finite(queries, 0, "query")
     k = min(k, len(corpus))
-    heaps = [_Best(queries[i : i + query_chunk], k) for i in range(0, len(queries), query_chunk)]
+    heaps = [TopK(queries[i : i + query_chunk], k) for i in range(0, len(queries), query_chunk)]
     for start in range(0, len(corpus), chunk):
         block = np.ascontiguousarray(corpus[start : start + chunk], np.float32)
         _require_finite(block, start, "corpus")
         longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max()))
         for best in heaps:
-            best.add(block, start, longest)
+            best.add(block, np.arange(start, start + len(block)), longest)
     rows = np.concatenate([np.zeros((0, k), np.int64), *(best.rows for best in heaps)])
     scores = np.concatenate([np.zeros((0, k)), *(best.scores for best in heaps)])
     return rows, scores.astype(np.float32)
 
 
-class _Best:
-    """The best k rows so far of one block of queries."""
+class TopK:
+    """The best k rows so far of one block of queries (Q, D): ``rows`` (Q, k), -1 where none, ``scores`` float64.
 
-    def __init__(self, queries: np.ndarray, k: int) -> None:
+    ``floor`` (Q,): what scores below it need not be kept.
+    """
+
+    def __init__(self, queries: np.ndarray, k: int, floor: np.ndarray | None = None) -> None:
         self.queries = np.ascontiguousarray(queries, np.float32)
         self.norms = np.sqrt(np.einsum("qd,qd->q", self.queries, self.queries))
         self.k = k
         self.rows = np.full((len(queries), k), -1, np.int64)
         self.scores = np.full((len(queries), k), -np.inf)
+        self.floor = np.full(len(queries), -np.inf) if floor is None else floor
 
-    def add(self, block: np.ndarray, start: int, longest: float) -> None:
-        rough = self.queries @ block.T
-        margin = self.norms * longest * self.queries.shape[1] * np.finfo(np.float32).eps
-        floor = self.scores[:, -1]
-        if np.isneginf(floor).any() and len(block) > self.k:
-            within = np.partition(rough, len(block) - self.k, axis=1)[:, len(block) - self.k]
+    def add(self, block: np.ndarray, rows: np.ndarray, longest: float) -> None:
+        """Look at more vectors, (B, D) float32 with ascending row numbers (B,), none longer than ``longest``."""
+        self.add_scored(self.queries @ block.T, rows, longest, 0.0, lambda chosen: block[chosen])
+
+    def add_scored(
+        self,
+        rough: np.ndarray,
+        rows: np.ndarray,
+        longest: float,
+        error: float,
+        fetch: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Look at more vectors by their rough scores (Q, B).
+
+        ``error`` is how far, at most, what was multiplied lies from the vectors themselves; ``fetch`` gives the
+        vectors of chosen positions, whose products are what counts.
+        """
+        margin = self.norms * (longest * self.queries.shape[1] * np.finfo(np.float32).eps + error)
+        floor = np.maximum(self.scores[:, -1], self.floor)
+        if np.isneginf(self.scores[:, -1]).any() and rough.shape[1] > self.k:
+            within = np.partition(rough, rough.shape[1] - self.k, axis=1)[:, rough.shape[1] - self.k]
             floor = np.maximum(floor, within - margin)
-        query, row = np.nonzero(rough >= (floor - margin)[:, None])
+        query, chosen = np.nonzero(rough >= (floor - margin)[:, None])
         if not len(query):
             return
         scores = np.empty(len(query))
         pairs = max(1, _NUMBERS_AT_ONCE // max(1, self.queries.shape[1]))
         for i in range(0, len(query), pairs):
             piece = slice(i, i + pairs)
-            left, right = self.queries[query[piece]].astype(np.float64), block[row[piece]].astype(np.float64)
+            left, right = self.queries[query[piece]].astype(np.float64), fetch(chosen[piece]).astype(np.float64)
             scores[piece] = np.einsum("nd,nd->n", left, right)
-        self._merge(query, row + start, scores)
+        self._merge(query, rows[chosen], scores)
 
     def _merge(self, query: np.ndarray, row: np.ndarray, score: np.ndarray) -> None:
         touched = np.unique(query)

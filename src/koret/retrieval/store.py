@@ -46,6 +46,12 @@ class Condition(msgspec.Struct, frozen=True):
         return bool(_SIGNS[self.sign](own, self.value))
 
 
+def read_value(entry: Entry, key: str) -> Value | None:
+    """The value a condition on ``key`` is tested against."""
+    own = {"document": entry.document, "heading": entry.heading}
+    return own.get(key, entry.metadata.get(key))
+
+
 class Store(Protocol):
     """Passages with their vectors, kept safely.
 
@@ -103,10 +109,11 @@ def parse_condition(text: str) -> Condition:
     if not found or not found[3]:
         raise ValueError(f"cannot read the condition {text!r}; write key=value, key!=value or key>=number")
     key, sign, value = found.groups()
-    return Condition(key, sign, _parse_value(value))
+    return Condition(key, sign, parse_value(value))
 
 
-def _parse_value(text: str) -> Value:
+def parse_value(text: str) -> Value:
+    """What a value written as text stands for: a truth value, a finite number, or (quoted, if need be) the text."""
     if len(text) > 1 and text[0] == text[-1] == '"':
         return text[1:-1]
     if text in ("true", "false"):

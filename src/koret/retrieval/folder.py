@@ -1,0 +1,425 @@
+"""The embedded default: passages and vectors in one folder, crash-safe, searched exactly; nothing to install.
+
+    DIR/index.json     what the index is: encoder, prefixes, dimensions, ... (``index.IndexInfo``)
+    DIR/manifest.json  the segments that count, their files' sizes and hashes, and what is deleted in them
+    DIR/segments/NAME/ immutable files (``segment``)
+
+A write prepares new segments beside the old ones, then replaces the manifest in one step (the idea of log-structured
+merge trees: O'Neil et al. 1996): a reader sees the state before or after, a killed writer leaves only files nobody
+names, which the next one removes. Small segments and such with many deletions are merged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from koret import files
+from koret.data.passages import join_heading
+from koret.retrieval.exact import TopK
+from koret.retrieval.lexical import tokenize
+from koret.retrieval.postings import Postings, Statistics, hash_text, take_best
+from koret.retrieval.segment import CHUNK, DTYPES, Segment, write_segment
+from koret.retrieval.store import Condition, Entry, Found
+
+SMALL, MANY = 16384, 8  # segments of fewer passages are merged once there are more of them than this
+LARGEST_MERGE = 32768
+WIDE_BYTES = 256 << 20  # below this, float32 copies of the vectors are held in memory
+QUERIES_AT_ONCE = 64
+
+
+class Damaged(ValueError):
+    """Files of an index are missing or not as they were written."""
+
+
+class FolderStore:
+    """Passages in a folder. See ``store.Store``; searching is safe from several threads, writing from one process."""
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path, self.info = Path(path), info
+        self.dtype, self.lexical = info.get("dtype", "float16"), tuple(info.get("lexical", ()))
+        self.dimensions = int(info["dimensions"])
+        self._lock: int | None = None
+        self._writing = threading.Lock()
+        self._load()
+
+    @classmethod
+    def create(cls, path: str | Path, info: dict[str, Any], dimensions: int) -> FolderStore:
+        """An empty index; raises ValueError where something else lies."""
+        path = Path(path)
+        if path.exists() and not _is_unborn(path):
+            raise ValueError(f"{path} exists and is no index: name a new or empty folder")
+        if info.get("dtype", "float16") not in DTYPES:
+            raise ValueError(f"unknown dtype {info['dtype']!r}; choose one of {', '.join(DTYPES)}")
+        (path / "segments").mkdir(parents=True, exist_ok=True)
+        files.write_json(path / "index.json", {**info, "dimensions": dimensions})
+        _write_manifest(path, {"generation": 0, "segments": []})
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FolderStore:
+        """Raises FileNotFoundError where there is no index and Damaged naming the file that is not whole."""
+        path = Path(path)
+        if not (path / "index.json").is_file():
+            raise FileNotFoundError(f"{path} is no index (it holds no index.json); make one with: koret index")
+        try:
+            info = json.loads((path / "index.json").read_bytes())
+            info["dimensions"] = int(info["dimensions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _explain_damage(path / "index.json", str(error)) from None
+        return cls(path, info)
+
+    # ---- reading
+
+    def count(self) -> int:
+        return sum(segment.count for segment in self._segments)
+
+    def search(self, vectors: np.ndarray, k: int, where: Sequence[Condition] = ()) -> list[Found]:
+        vectors = np.asarray(vectors, np.float32)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimensions:
+            raise ValueError(f"query vectors {vectors.shape} do not fit an index of {self.dimensions} dimensions")
+        if not np.isfinite(vectors).all():
+            raise ValueError("a query vector holds NaN or infinite values")
+        segments = self._segments
+        found: list[Found] = []
+        for i in range(0, len(vectors), QUERIES_AT_ONCE):
+            found += self._search_dense(segments, vectors[i : i + QUERIES_AT_ONCE], _check_k(k), where)
+        return found
+
+    def search_lexical(
+        self, queries: Sequence[str], k: int, where: Sequence[Condition] = (), tokenizer: str | None = None
+    ) -> list[Found]:
+        """The K passages of largest BM25 score (``lexical.LexicalIndex``); those sharing no token are no results."""
+        tokenizer = tokenizer or (self.lexical[0] if self.lexical else None)
+        if tokenizer not in self.lexical:
+            raise ValueError(f"the index was built without {tokenizer or 'a'} lexical part: build it with --lexical")
+        segments = self._segments
+        parts = [segment.postings[tokenizer] for segment in segments]
+        statistics = Statistics(parts, [segment.live for segment in segments])
+        allowed = [segment.allow(where) for segment in segments]
+        found = []
+        for tokens in tokenize(queries, tokenizer):
+            hits = []
+            for segment, scores, mask in zip(segments, statistics.score(tokens), allowed, strict=True):
+                rows, scores = take_best(scores, _check_k(k), mask)
+                hits += [(float(s), segment.read_id(r), segment, r) for s, r in zip(scores, rows.tolist(), strict=True)]
+            found.append(_rank(hits, k))
+        return found
+
+    def find_versions(self, documents: Sequence[str]) -> list[str | None]:
+        found = self._find_rows(self._segments, documents)
+        versions = {
+            name: segment.columns["version"][int(rows[0])].as_py()
+            for segment, places in found
+            for name, rows in places.items()
+        }
+        return [versions.get(name) for name in documents]
+
+    def list_documents(self) -> Iterator[str]:
+        for segment in self._segments:
+            rows = np.asarray(segment.hash_rows)
+            rows = rows if segment.live is None else rows[segment.live[rows]]
+            last = None
+            for start in range(0, len(rows), CHUNK):
+                for name in segment.columns["document"].take(rows[start : start + CHUNK]).to_pylist():
+                    if name != last:
+                        yield name
+                    last = name
+
+    def read_document(self, document: str) -> list[Entry]:
+        """The passages of a document, in the order of its text; empty where it is unknown."""
+        found = [s.read_entries(rows) for s, places in self._find_rows(self._segments, [document]) for rows in
+                 places.values()]  # fmt: skip
+        return sorted(sum(found, []), key=lambda entry: int(entry.id.rpartition("#")[2]))
+
+    def _search_dense(
+        self, segments: Sequence[Segment], queries: np.ndarray, k: int, where: Sequence[Condition]
+    ) -> list[Found]:
+        keep_wide = sum(segment.rows for segment in segments) * self.dimensions * 4 <= WIDE_BYTES
+        hits: list[list[tuple]] = [[] for _ in queries]
+        floor = np.full(len(queries), -np.inf)
+        for segment in segments:
+            best = TopK(queries, min(k, segment.rows), floor)
+            segment.search(best, segment.allow(where), keep_wide)
+            if segment.rows >= k:
+                floor = np.maximum(floor, best.scores[:, -1])
+            for own, rows, scores in zip(hits, best.rows.tolist(), best.scores.tolist(), strict=True):
+                own += [(s, segment.read_id(r), segment, r) for s, r in zip(scores, rows, strict=True) if r >= 0]
+        return [_rank(own, k) for own in hits]
+
+    @staticmethod
+    def _find_rows(segments: Sequence[Segment], documents: Sequence[str]) -> list[tuple[Segment, dict]]:
+        hashes = np.array([hash_text(name) for name in documents], np.uint64)
+        return [(segment, segment.find_rows(documents, hashes)) for segment in segments]
+
+    # ---- writing
+
+    def add(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
+        vectors = np.asarray(vectors, np.float32)
+        self._check_new(entries, vectors)
+        if not entries:
+            return
+        with self._write() as state:
+            order = sorted(range(len(entries)), key=lambda i: entries[i].id)
+            entries = [entries[i] for i in order]
+            texts = [join_heading(entry.heading, entry.text) for entry in entries]
+            postings = {name: Postings.build(texts, name) for name in self.lexical}
+            self._delete(state, list(dict.fromkeys(entry.document for entry in entries)))
+            state["segments"].append(self._make_segment(state, entries, vectors[order], postings))
+            self._compact(state)
+
+    def delete(self, documents: Sequence[str]) -> int:
+        with self._write() as state:
+            removed = self._delete(state, list(dict.fromkeys(documents)))
+            if removed:
+                self._compact(state)
+            else:
+                state.clear()
+        return removed
+
+    def compact(self) -> None:
+        """Merge small segments and forget deleted passages for good."""
+        with self._write() as state:
+            self._compact(state, everything=True)
+
+    def update_info(self, **values: Any) -> None:
+        """Change what the index says about itself."""
+        with self._write() as state:
+            state.clear()
+            self.info = {**self.info, **values}
+            files.write_json(self.path / "index.json", self.info)
+
+    def close(self) -> None:
+        self._segments = []
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[dict[str, Any]]:
+        """The manifest to change; on leaving it replaces the old one (unless emptied) and is what is searched."""
+        with self._writing:
+            if self._lock is None:
+                self._lock = _take_lock(self.path / "lock")
+                self._load()  # another writer may have been here since
+                self._remove_leftovers()
+            state = json.loads(json.dumps(self._manifest))
+            state["generation"] += 1
+            yield state
+            if state:
+                _write_manifest(self.path, state)
+                self._load()
+                self._remove_leftovers()
+
+    def _check_new(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
+        if vectors.shape != (len(entries), self.dimensions):
+            raise ValueError(f"vectors {vectors.shape} do not fit {len(entries)} passages of {self.dimensions}")
+        if not np.isfinite(vectors).all() or (np.abs(np.linalg.norm(vectors, axis=1) - 1) > 0.009).any():
+            raise ValueError("the vectors must be finite and of unit length")
+        if len({entry.id for entry in entries}) < len(entries):
+            raise ValueError("two passages have the same id")
+
+    def _make_segment(
+        self, state: dict, entries: Sequence[Entry], vectors: np.ndarray, postings: dict[str, Postings]
+    ) -> dict:
+        number = 1 + max([int(record["name"]) for record in state["segments"]] + [state.get("last", 0)])
+        state["last"] = number
+        name = f"{number:08d}"
+        with files.stage_folder(self.path / "segments" / name) as folder:
+            write_segment(folder, entries, vectors, self.dtype, postings)
+            record = {"name": name, "rows": len(entries), "files": {}, "deleted": None}
+            for file in sorted(folder.iterdir()):
+                record["files"][file.name] = [file.stat().st_size, _hash_file(file)]
+        return record
+
+    def _delete(self, state: dict, documents: Sequence[str]) -> int:
+        """Mark the passages of documents as deleted in the manifest to come; returns how many."""
+        removed = 0
+        for record, (segment, places) in zip(
+            state["segments"], self._find_rows(self._segments, documents), strict=True
+        ):
+            if places:
+                gone = np.concatenate(list(places.values()))
+                live = np.ones(segment.rows, bool) if segment.live is None else segment.live.copy()
+                live[gone] = False
+                removed += len(gone)
+                file = f"deleted-{state['generation']:08d}.bits"
+                content = np.packbits(live).tobytes()
+                files.write_file(segment.folder / file, content)
+                record["deleted"] = [file, hashlib.sha256(content).hexdigest()]
+                record["live"] = int(live.sum())
+        state["segments"] = [record for record in state["segments"] if record.get("live", 1)]
+        return removed
+
+    def _compact(self, state: dict, everything: bool = False) -> None:
+        """Merge the small segments of the manifest to come, once there are many, and those mostly deleted."""
+        small = [r for r in state["segments"] if r.get("live", r["rows"]) < SMALL]
+        thin = [r for r in state["segments"] if 2 * r.get("live", r["rows"]) < r["rows"] > 64]
+        if len(small) <= MANY and not thin and not everything:
+            return
+        chosen, rows = [], 0
+        for record in state["segments"]:
+            size = record.get("live", record["rows"])
+            if (record in small or record in thin) and (not chosen or rows + size <= LARGEST_MERGE):
+                chosen.append(record)
+                rows += size
+        if len(chosen) > 1 or any(record["deleted"] for record in chosen):
+            merged = self._merge(state, chosen)
+            state["segments"] = [r for r in state["segments"] if r not in chosen] + [merged]
+
+    def _merge(self, state: dict, records: Sequence[dict]) -> dict:
+        segments = [self._open_segment(record) for record in records]
+        rows = [np.arange(s.rows) if s.live is None else np.flatnonzero(s.live) for s in segments]
+        entries = sum([s.read_entries(own) for s, own in zip(segments, rows, strict=True)], [])
+        vectors = np.concatenate([s.vectors[own] for s, own in zip(segments, rows, strict=True)])
+        order = sorted(range(len(entries)), key=lambda i: entries[i].id)
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        places, start = [], 0
+        for segment, own in zip(segments, rows, strict=True):
+            place = np.full(segment.rows, -1, np.int64)
+            place[own] = rank[start : start + len(own)]
+            places.append(place)
+            start += len(own)
+        postings = {
+            name: Postings.merge([s.postings[name] for s in segments], places, len(order)) for name in self.lexical
+        }
+        return self._make_segment(state, [entries[i] for i in order], vectors[order], postings)
+
+    # ---- files
+
+    def _load(self) -> None:
+        """Map the segments of the newest manifest; a writer may replace it meanwhile."""
+        for _ in range(5):
+            manifest = _read_manifest(self.path)
+            try:
+                segments = [self._open_segment(record) for record in manifest["segments"]]
+            except Damaged:
+                if _read_manifest(self.path)["generation"] == manifest["generation"]:
+                    raise
+                continue
+            self._manifest, self._segments = manifest, segments
+            return
+        raise RuntimeError(f"{self.path} is being changed faster than it can be opened: try again")
+
+    def _open_segment(self, record: dict) -> Segment:
+        folder = self.path / "segments" / record["name"]
+        for name, (size, _) in record["files"].items():
+            if not (folder / name).is_file():
+                raise _explain_damage(folder / name, "it is missing")
+            if (folder / name).stat().st_size != size:
+                raise _explain_damage(folder / name, f"{(folder / name).stat().st_size:,} bytes instead of {size:,}")
+        live = None
+        if record["deleted"]:
+            name, digest = record["deleted"]
+            try:
+                content = (folder / name).read_bytes()
+            except FileNotFoundError:
+                raise _explain_damage(folder / name, "it is missing") from None
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise _explain_damage(folder / name, "its content changed")
+            live = np.unpackbits(np.frombuffer(content, np.uint8), count=record["rows"]).astype(bool)
+        try:
+            return Segment(folder, record["name"], self.lexical, live)
+        except (OSError, ValueError) as error:
+            raise _explain_damage(folder, str(error)) from None
+
+    def verify(self) -> None:
+        """Read every file once and compare it with what was written; raises Damaged naming the first that differs."""
+        for record in self._manifest["segments"]:
+            for name, (_, digest) in record["files"].items():
+                file = self.path / "segments" / record["name"] / name
+                if _hash_file(file) != digest:
+                    raise _explain_damage(file, "its content changed")
+
+    def _remove_leftovers(self) -> None:
+        """Delete what no manifest names: left by a killed writer, or merged. Only with the lock held."""
+        files.remove_leftovers(self.path)
+        known = {record["name"]: record for record in self._manifest["segments"]}
+        for folder in (self.path / "segments").iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder)
+                continue
+            keep = {*known[folder.name]["files"], *(known[folder.name]["deleted"] or ())}
+            for file in folder.iterdir():
+                if file.name not in keep:
+                    file.unlink()
+
+
+def _is_unborn(path: Path) -> bool:
+    """Whether a folder is empty or holds what a process killed while making an index leaves."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir() if not p.name.startswith(files.STAGING)}
+    return names <= {"index.json", "lock", "segments"} and not any((path / "segments").glob("*"))
+
+
+def _check_k(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    return k
+
+
+def _rank(hits: list[tuple], k: int) -> Found:
+    """(score, id, segment, row) -> the K best, by (score descending, id ascending)."""
+    hits.sort(key=lambda hit: (-hit[0], hit[1]))
+    return [(segment.read_entry(row), score) for score, _, segment, row in hits[:k]]
+
+
+def _take_lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RuntimeError(f"another process is writing to {path.parent}: wait until it is done") from None
+    return descriptor
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    body = json.dumps(manifest, sort_keys=True)
+    whole = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}, sort_keys=True)
+    files.write_file(path / "manifest.json", whole.encode())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    try:
+        whole = json.loads(file.read_bytes())
+        manifest = whole["manifest"]
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    except FileNotFoundError:
+        raise _explain_damage(file, "it is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _explain_damage(file, str(error)) from None
+    if digest != whole.get("sha256"):
+        raise _explain_damage(file, "its content changed")
+    return manifest
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_all(file)
+
+
+def _hash_all(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _explain_damage(file: Path, what: str) -> Damaged:
+    return Damaged(
+        f"the index is damaged: {file}: {what}. Restore it from a copy, or delete the index and build it again"
+    )

@@ -1,0 +1,309 @@
+"""Build an index of a corpus and search it: by vectors, by words, or by both.
+
+The pipeline, each step a function that others (``distributed``) may run elsewhere: ``corpus.read_corpus`` ->
+``skip_unchanged`` -> ``corpus.cut_document`` -> ``gather_segments`` -> ``encode_entries`` -> ``store.add``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from koret.data.korquad import Reject
+from koret.data.loader import find_cache_dir
+from koret.data.passages import join_heading, make_token_counter
+from koret.data.sources import DataError
+from koret.retrieval.corpus import Document, cut_document, read_corpus
+from koret.retrieval.encoder import TextEncoder, load_encoder
+from koret.retrieval.lexical import fuse_ranks, fuse_scores
+from koret.retrieval.places import IndexInfo, create_store, describe_encoder, exists, open_store, resolve_model
+from koret.retrieval.store import Condition, Entry, Found, Store
+
+MODES = ("dense", "lexical", "hybrid")
+DEPTH = 100  # results of each kind that a hybrid search fuses
+LONGEST_QUERY = 10_000  # characters; the rest of a query is not looked at
+SEGMENT = 4096  # passages encoded and kept together: what a kill can cost
+LISTED = 1000  # rejected records kept word for word
+
+
+class Hit(msgspec.Struct, frozen=True):
+    """One result; ``parts`` are the scores it is made of: dense (cosine) and lexical (BM25), as far as it has them."""
+
+    rank: int  # from 1
+    score: float
+    entry: Entry
+    parts: dict[str, float] = {}
+
+
+class BuildReport(msgspec.Struct):
+    """What a build did. ``rejects`` lists the first records that could not be used."""
+
+    added: int = 0  # documents
+    changed: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    encoded: int = 0  # passages
+    cut_texts: int = 0  # texts longer than the window, cut into several passages
+    rejected: int = 0
+    rejects: list[Reject] = []
+    seconds: float = 0.0
+
+
+class Index:
+    """Passages that can be searched. Searching is safe from several threads."""
+
+    def __init__(self, store: Store, location: str, model: str | Path | TextEncoder | None = None) -> None:
+        self.store, self.location, self._model = store, location, model
+        self.info = msgspec.convert(store.info, IndexInfo)
+        self.report = BuildReport()
+        self._encoder: TextEncoder | None = None
+        if isinstance(model, TextEncoder):
+            self._encoder = self._check_encoder(model)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The encoder the index was made with, loaded on first use; another one is a ValueError."""
+        if self._encoder is None:
+            self._encoder = self._check_encoder(load_encoder(
+                self._model or resolve_model(self.info, self.location),
+                max_seq_length=self.info.max_seq_length,
+                query_prefix=self.info.prefixes["query"],
+                passage_prefix=self.info.prefixes["passage"],
+            ))  # fmt: skip
+        return self._encoder
+
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        mode: str = "dense",
+        where: Sequence[Condition] = (),
+        weight: float | None = None,
+    ) -> list[list[Hit]]:
+        """The K best passages of each query.
+
+        ``hybrid`` fuses the best 100 (or K) of either kind: by ``weight`` of the dense score, else the weight the index
+        holds, else by reciprocal rank. Raises ValueError for an empty query, an unknown mode, or a lexical search of an
+        index without lexical part.
+        """
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        _check_queries(queries)
+        if mode == "lexical":
+            return self.search_lexical(queries, k, where)
+        depth = max(k, DEPTH) if mode == "hybrid" else k
+        lexical = self.search_lexical(queries, depth, where) if mode == "hybrid" else None
+        dense = self.search_vectors(self.encoder.encode(list(queries), "query"), depth, where)
+        if lexical is None:
+            return dense
+        return [self.fuse(*pair, k, weight) for pair in zip(dense, lexical, strict=True)]
+
+    def search_vectors(self, vectors: np.ndarray, k: int, where: Sequence[Condition] = ()) -> list[list[Hit]]:
+        """The K nearest passages of query vectors (Q, D)."""
+        return [_make_hits(found, "dense") for found in self.store.search(vectors, k, where)]
+
+    def search_lexical(self, queries: Sequence[str], k: int, where: Sequence[Condition] = ()) -> list[list[Hit]]:
+        """The K passages of largest BM25 score; those that share no word with the query are no results."""
+        _check_queries(queries)
+        search = getattr(self.store, "search_lexical", None)
+        if search is None or not self.info.lexical:
+            raise ValueError(f"{self.location} has no lexical part: search it with the mode dense")
+        return [_make_hits(found, "lexical") for found in search([q[:LONGEST_QUERY] for q in queries], k, where)]
+
+    def fuse(self, dense: list[Hit], lexical: list[Hit], k: int, weight: float | None = None) -> list[Hit]:
+        """One list of two: see ``search``."""
+        weight = self.info.hybrid_weight if weight is None else weight
+        entries = {hit.entry.id: hit.entry for hit in (*dense, *lexical)}
+        names = sorted(entries)
+        number = {name: i for i, name in enumerate(names)}
+        ranked = [
+            (np.array([[number[hit.entry.id] for hit in hits]], np.int64), np.array([[hit.score for hit in hits]]))
+            for hits in (dense, lexical)
+        ]
+        if weight is None:
+            rows, scores = fuse_ranks([rows for rows, _ in ranked], k)
+        else:
+            rows, scores = fuse_scores(*ranked, weight, k)
+        parts: dict[str, dict[str, float]] = {name: {} for name in names}
+        for hit in (*dense, *lexical):
+            parts[hit.entry.id].update(hit.parts)
+        return [
+            Hit(rank, float(score), entries[names[row]], parts[names[row]])
+            for rank, (row, score) in enumerate(zip(rows[0], scores[0], strict=True), 1)
+            if row >= 0
+        ]
+
+    def add(self, documents: Iterable[Document | Reject], progress: Callable[[int], None] | None = None) -> BuildReport:
+        """Keep documents: new ones are added, changed ones replaced, unchanged ones passed over."""
+        report, started = self.report, time.perf_counter()
+        count_tokens = make_token_counter(self.encoder.export_tokenizer(find_cache_dir(None) / "tokenizers"))
+        changed = skip_unchanged(self.store, documents, report)
+        for entries in gather_segments(changed, self.info.passage_tokens, count_tokens, report):
+            self.store.add(entries, encode_entries(self.encoder, entries))
+            report.encoded += len(entries)
+            if progress:
+                progress(report.encoded)
+        report.seconds += time.perf_counter() - started
+        return report
+
+    def delete(self, documents: Sequence[str]) -> int:
+        """Forget documents by id; returns how many passages went."""
+        return self.store.delete(documents)
+
+    def count(self) -> int:
+        return self.store.count()
+
+    def close(self) -> None:
+        self.store.close()
+
+    def _check_encoder(self, encoder: TextEncoder) -> TextEncoder:
+        if encoder.fingerprint() != self.info.fingerprint:
+            raise ValueError(
+                f"{self.location} was made with another model ({self.info.encoder}) than {encoder.name}: "
+                "search it with that one, or build an index of this one"
+            )
+        return encoder
+
+
+def build_index(
+    model: str | Path | TextEncoder,
+    corpus: str | Path | Iterable[Document | Reject],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    lexical: Sequence[str] | None = None,
+    approximate: bool = False,
+    max_seq_length: int | None = None,
+    passage_tokens: int | None = None,
+    hybrid_weight: float | None = None,
+    prune: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Index:
+    """Make the index ``out`` (a folder, or milvus:...) of a corpus, or bring it up to date.
+
+    Documents whose content is in the index already are passed over, so the same command after a kill goes on where it
+    was. ``dtype`` (float16 unless said) and ``lexical`` (('bigram',) unless said; Kiwi's morphemes cost minutes for
+    each 100,000 passages) are fixed when the index is made, like ``passage_tokens`` (the encoder's length unless
+    said). ``prune`` removes documents that are not in the corpus. ``progress`` is told the passages encoded so far.
+    ``Index.report`` says what was done. Raises ValueError for another model or other settings than the index was made
+    with, and DataError for a corpus without a document.
+    """
+    encoder = model if isinstance(model, TextEncoder) else load_encoder(model, max_seq_length=max_seq_length)
+    documents = read_corpus(corpus) if isinstance(corpus, (str, Path)) else corpus
+    wanted = {"dtype": dtype, "lexical": None if lexical is None else tuple(lexical), "passage_tokens": passage_tokens}
+    store = open_store(out) if exists(out) else None
+    if store is None:
+        info = describe_encoder(encoder, out, {**wanted, "hybrid_weight": hybrid_weight})
+        store = create_store(out, info)
+    index = Index(store, str(out), encoder)
+    for name, value in wanted.items():
+        kept = getattr(index.info, name)
+        if value is not None and value != kept:
+            raise ValueError(f"{out} was made with {name} {kept}, not {value}: build another index, or leave it out")
+    seen: set[str] = set()
+    index.add(_note_ids(documents, seen), progress)
+    if not seen and not store.count():
+        raise DataError(_explain_nothing(corpus, index.report))
+    if prune:
+        gone = [name for name in store.list_documents() if name not in seen]
+        store.delete(gone)
+        index.report.removed = len(gone)
+    return index
+
+
+def open_index(location: str | Path, model: str | Path | TextEncoder | None = None) -> Index:
+    """Open an index (a folder, or milvus:...) for searching.
+
+    ``model``: an encoder, or where to find it; default: what the index says. Raises FileNotFoundError where there is
+    none, ValueError where it is damaged, and ValueError for another model (a named one once it is first needed).
+    """
+    return Index(open_store(location), str(location), model)
+
+
+# ---- the pipeline
+
+
+def skip_unchanged(
+    store: Store, documents: Iterable[Document | Reject], report: BuildReport, together: int = 256
+) -> Iterator[Document]:
+    """The documents that the store has not, or has otherwise; the rest is counted in ``report``."""
+    for batch in _cut(documents, together):
+        fresh = []
+        for item in batch:
+            if isinstance(item, Reject):
+                report.rejected += 1
+                report.rejects += [item] if len(report.rejects) < LISTED else []
+            else:
+                fresh.append(item)
+        for document, version in zip(fresh, store.find_versions([d.id for d in fresh]), strict=True):
+            if version == document.version:
+                report.unchanged += 1
+                continue
+            report.added += version is None
+            report.changed += version is not None
+            yield document
+
+
+def gather_segments(
+    documents: Iterable[Document], budget: int, count_tokens: Callable, report: BuildReport, size: int = SEGMENT
+) -> Iterator[list[Entry]]:
+    """Passages of whole documents, about ``size`` together."""
+    waiting: list[Entry] = []
+    for document in documents:
+        entries, cut = cut_document(document, budget, count_tokens)
+        report.cut_texts += cut
+        if waiting and len(waiting) + len(entries) > size:
+            yield waiting
+            waiting = []
+        waiting += entries
+    if waiting:
+        yield waiting
+
+
+def encode_entries(encoder: TextEncoder, entries: Sequence[Entry], progress: bool = False) -> np.ndarray:
+    """(N, D) float32 unit vectors of passages, in length-sorted batches."""
+    return encoder.encode([join_heading(e.heading, e.text) for e in entries], "passage", progress=progress)
+
+
+def _cut(items: Iterable, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _note_ids(documents: Iterable[Document | Reject], seen: set[str]) -> Iterator[Document | Reject]:
+    for item in documents:
+        if isinstance(item, Document):
+            seen.add(item.id)
+        yield item
+
+
+# ---- details
+
+
+def _check_queries(queries: Sequence[str]) -> None:
+    if isinstance(queries, str):
+        raise ValueError("queries: expected a list of texts, got one text; wrap it in a list")
+    for query in queries:
+        if not query.strip():
+            raise ValueError("the query is empty")
+
+
+def _make_hits(found: Found, part: str) -> list[Hit]:
+    return [Hit(rank, score, entry, {part: score}) for rank, (entry, score) in enumerate(found, 1)]
+
+
+def _explain_nothing(corpus: Any, report: BuildReport) -> str:
+    why = f"; the first of {report.rejected} skipped: {report.rejects[0].source}: {report.rejects[0].reason}"
+    return f"{corpus} holds no document to index" + (why if report.rejects else "")

@@ -1,0 +1,131 @@
+"""BM25 postings of one segment on disk, scored with statistics of all live passages: the scores of LexicalIndex.
+
+A term is kept as the first 64 bits of its BLAKE2 hash (among ten million terms two share one with a chance of 3 in a
+million), a posting as row and count. Files, memory-mapped, for each tokenizer NAME: ``NAME.terms.npy`` (T,) uint64
+ascending, ``NAME.offsets.npy`` (T + 1,), ``NAME.rows.npy`` and ``NAME.counts.npy`` (postings, by term then row),
+``NAME.lengths.npy`` (N,) tokens of each passage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from koret.retrieval.exact import rank_scores
+from koret.retrieval.lexical import Tokenizer, tokenize
+
+K1, B = 1.2, 0.75  # Lucene's, as in lexical.LexicalIndex
+PARTS = ("terms", "offsets", "rows", "counts", "lengths")
+
+
+class Postings:
+    """Which passages of a segment hold which terms, and how often."""
+
+    def __init__(self, parts: dict[str, np.ndarray]) -> None:
+        self.terms, self.offsets, self.rows, self.counts, self.lengths = (parts[name] for name in PARTS)
+
+    @classmethod
+    def build(cls, texts: Sequence[str], tokenizer: Tokenizer) -> Postings:
+        """Tokenise the passages of a segment."""
+        tokens = tokenize(texts, tokenizer)
+        numbers: dict[str, int] = {}
+        term = np.array([numbers.setdefault(t, len(numbers)) for row in tokens for t in row], np.int64)
+        lengths = np.array([len(row) for row in tokens], np.int32)
+        row = np.repeat(np.arange(len(texts)), lengths)
+        hashes = np.array([hash_text(t) for t in numbers], np.uint64)
+        keys, counts = np.unique(term * max(len(texts), 1) + row, return_counts=True)
+        term, row = np.divmod(keys, max(len(texts), 1))
+        return cls.pack(hashes[term], row, counts, lengths)
+
+    @classmethod
+    def pack(cls, term: np.ndarray, row: np.ndarray, count: np.ndarray, lengths: np.ndarray) -> Postings:
+        """Postings from (term hash, row, count) in any order."""
+        order = np.lexsort((row, term))
+        terms, sizes = np.unique(term[order], return_counts=True)
+        offsets = np.zeros(len(terms) + 1, np.int64)
+        np.cumsum(sizes, out=offsets[1:])
+        kind = np.uint16 if count.max(initial=0) < 1 << 16 else np.uint32
+        parts = (terms, offsets, row[order].astype(np.int32), count[order].astype(kind), lengths.astype(np.int32))
+        return cls(dict(zip(PARTS, parts, strict=True)))
+
+    @classmethod
+    def merge(cls, parts: Sequence[Postings], places: Sequence[np.ndarray], size: int) -> Postings:
+        """Postings of several segments as those of one of ``size`` passages, without tokenising again.
+
+        ``places`` says where each old row goes, -1: nowhere.
+        """
+        term, row, count, lengths = [], [], [], np.zeros(size, np.int32)
+        for part, place in zip(parts, places, strict=True):
+            moved = place[part.rows]
+            kept = moved >= 0
+            term.append(np.repeat(part.terms, np.diff(part.offsets))[kept])
+            row.append(moved[kept])
+            count.append(part.counts[kept])
+            lengths[place[place >= 0]] = part.lengths[place >= 0]
+        return cls.pack(np.concatenate(term), np.concatenate(row), np.concatenate(count), lengths)
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: str) -> Postings:
+        """The files of one tokenizer, memory-mapped."""
+        return cls({name: np.load(folder / f"{tokenizer}.{name}.npy", mmap_mode="r") for name in PARTS})
+
+    def save(self, folder: Path, tokenizer: str) -> None:
+        for name in PARTS:
+            np.save(folder / f"{tokenizer}.{name}.npy", getattr(self, name))
+
+    def find(self, term: int) -> slice:
+        """Where the postings of a term lie in ``rows`` and ``counts``; empty where it does not occur."""
+        key = np.uint64(term)
+        i = int(np.searchsorted(self.terms, key))
+        known = i < len(self.terms) and self.terms[i] == key
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1])) if known else slice(0, 0)
+
+
+class Statistics:
+    """What BM25 needs to know of all live passages together: how many, and their mean length.
+
+    ``live`` (N,) bool says which rows of each segment count; None: all.
+    """
+
+    def __init__(self, segments: Sequence[Postings], live: Sequence[np.ndarray | None]) -> None:
+        self.segments, self.live = segments, live
+        lengths = [s.lengths if mask is None else s.lengths[mask] for s, mask in zip(segments, live, strict=True)]
+        self.size = sum(map(len, lengths))
+        self.mean_length = sum(int(part.sum(dtype=np.int64)) for part in lengths) / max(self.size, 1)
+
+    def score(self, tokens: Sequence[str]) -> list[np.ndarray]:
+        """The BM25 score of every row of each segment, (N,) float64; see ``lexical.LexicalIndex`` for the formula."""
+        scores = [np.zeros(len(s.lengths)) for s in self.segments]
+        for token, repeats in Counter(tokens).items():
+            places = [segment.find(hash_text(token)) for segment in self.segments]
+            found = sum(self._count_live(i, place) for i, place in enumerate(places))
+            if not found:
+                continue
+            idf = np.log(1 + (self.size - found + 0.5) / (found + 0.5))
+            for segment, place, own in zip(self.segments, places, scores, strict=True):
+                rows, counts = segment.rows[place], segment.counts[place].astype(np.float64)
+                length = 1 - B + B * segment.lengths[rows] / self.mean_length
+                own[rows] += repeats * idf * counts / (counts + K1 * length)
+        return scores
+
+    def _count_live(self, i: int, place: slice) -> int:
+        mask = self.live[i]
+        return place.stop - place.start if mask is None else int(mask[self.segments[i].rows[place]].sum())
+
+
+def take_best(scores: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the k largest positive scores among the allowed, (score descending, row ascending)."""
+    if allowed is not None:
+        scores = np.where(allowed, scores, 0.0)
+    rows = rank_scores(scores, k)
+    rows = rows[scores[rows] > 0]
+    return rows, scores[rows]
+
+
+def hash_text(text: str) -> int:
+    """64 bits that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -1,0 +1,152 @@
+"""A segment of the folder index: some thousand passages in files that are written once and then only read.
+
+Files: ``passages.arrow`` (the entries, by id), ``documents.npy`` and ``document_rows.npy`` (document hash -> rows),
+``vectors.npy`` (N, D) float32 or float16, for int8 also ``codes.npy`` and ``scales.npy``, and the postings.
+
+int8 keeps, beside float16 vectors, codes = round(vector / scale) with a scale for each row (largest number / 127).
+A search multiplies the codes, takes every row that could still be among the best (the distance between a row and its
+codes is known when it is written, and bounds the error), and scores those rows by their float16 vectors: the result
+is exactly that of float16, in half the memory traffic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from koret.data.tables import make_array
+from koret.retrieval.exact import TopK
+from koret.retrieval.postings import Postings, hash_text
+from koret.retrieval.store import Condition, Entry
+
+DTYPES = ("float32", "float16", "int8")
+COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
+CHUNK = 16384  # rows multiplied together
+_SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+_LONGEST = 1.01  # no stored vector is longer: unit vectors, rounded
+
+
+def write_segment(
+    folder: Path, entries: Sequence[Entry], vectors: np.ndarray, dtype: str, postings: dict[str, Postings]
+) -> None:
+    """Write the files of a segment; ``entries`` are in the order of their ids."""
+    columns = [[getattr(entry, name) for entry in entries] for name in COLUMNS[:-1]]
+    metadata = [json.dumps(entry.metadata, ensure_ascii=False, sort_keys=True) for entry in entries]
+    arrays = [make_array(column, pa.string()) for column in (*columns, metadata)]
+    with pa.OSFile(str(folder / "passages.arrow"), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+    hashes = np.array([hash_text(document) for document in columns[1]], np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    np.save(folder / "documents.npy", hashes[order])
+    np.save(folder / "document_rows.npy", order.astype(np.int32))
+    kept = np.ascontiguousarray(vectors, np.float32 if dtype == "float32" else np.float16)
+    np.save(folder / "vectors.npy", kept)
+    if dtype == "int8":
+        codes, scales = _quantise(kept)
+        np.save(folder / "codes.npy", codes)
+        np.save(folder / "scales.npy", scales)
+    for tokenizer, part in postings.items():
+        part.save(folder, tokenizer)
+
+
+def _quantise(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, D) -> int8 codes (N, D), and (N, 2) float32: each row's scale and its distance from scale * codes."""
+    wide = vectors.astype(np.float32)
+    scale = np.maximum(np.abs(wide).max(axis=1, initial=0.0), np.finfo(np.float32).tiny) / 127
+    codes = np.rint(wide / scale[:, None]).astype(np.int8)
+    distance = np.linalg.norm(wide - codes * scale[:, None], axis=1)
+    return codes, np.stack([scale, distance], axis=1).astype(np.float32)
+
+
+class Segment:
+    """A segment opened for reading; safe to share between threads. ``live`` (N,) bool or None: every row counts."""
+
+    def __init__(self, folder: Path, name: str, tokenizers: Sequence[str], live: np.ndarray | None) -> None:
+        self.folder, self.name, self.live = folder, name, live
+        table = pa.ipc.open_file(pa.memory_map(str(folder / "passages.arrow"))).read_all()
+        self.columns = {c: table.column(c).chunk(0) for c in COLUMNS}
+        self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        self.rows = len(self.vectors)
+        self.codes = np.load(folder / "codes.npy", mmap_mode="r") if (folder / "codes.npy").exists() else None
+        if self.codes is not None:
+            self.scale, distance = np.load(folder / "scales.npy").T.copy()
+            self.error = float(distance.max(initial=0.0))
+        self.hashes = np.load(folder / "documents.npy", mmap_mode="r")
+        self.hash_rows = np.load(folder / "document_rows.npy", mmap_mode="r")
+        self.postings = {name: Postings.open(folder, name) for name in tokenizers}
+        self._masks: dict[tuple[Condition, ...], np.ndarray] = {}
+        self._wide: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        return self.rows if self.live is None else int(self.live.sum())
+
+    def read_entry(self, row: int) -> Entry:
+        values = [self.columns[name][row].as_py() for name in COLUMNS]
+        return Entry(*values[:-1], json.loads(values[-1]))
+
+    def read_entries(self, rows: np.ndarray) -> list[Entry]:
+        taken = [self.columns[name].take(pa.array(rows)).to_pylist() for name in COLUMNS]
+        return [Entry(*values[:-1], json.loads(values[-1])) for values in zip(*taken, strict=True)]
+
+    def read_id(self, row: int) -> str:
+        return self.columns["id"][row].as_py()
+
+    def find_rows(self, documents: Sequence[str], hashes: np.ndarray) -> dict[str, np.ndarray]:
+        """The live rows of each of the documents that has any here."""
+        starts, ends = (np.searchsorted(self.hashes, hashes, side) for side in ("left", "right"))
+        found = {}
+        for i in np.flatnonzero(ends > starts):
+            rows = self.hash_rows[starts[i] : ends[i]]
+            rows = rows[[self._is_live(r) and self.columns["document"][r].as_py() == documents[i] for r in rows]]
+            if len(rows):
+                found[documents[i]] = rows
+        return found
+
+    def _is_live(self, row: int) -> bool:
+        return self.live is None or bool(self.live[row])
+
+    def allow(self, where: Sequence[Condition]) -> np.ndarray | None:
+        """Which rows are live and meet every condition, (N,) bool; None: all."""
+        if not where:
+            return self.live
+        key = tuple(where)
+        if key not in self._masks:
+            if len(self._masks) > 16:
+                self._masks.clear()
+            mask = np.ones(self.rows, bool)
+            for condition in where:
+                mask &= self._test(condition)
+            self._masks[key] = mask
+        mask = self._masks[key]
+        return mask if self.live is None else mask & self.live
+
+    def _test(self, condition: Condition) -> np.ndarray:
+        """Each distinct value is tested once."""
+        own = condition.key if condition.key in ("document", "heading") else "metadata"
+        encoded = self.columns[own].dictionary_encode()
+        values = encoded.dictionary.to_pylist()
+        read: Callable[[str], dict] = json.loads if own == "metadata" else lambda value: {own: value}
+        accepted = np.array([condition.accept(read(value)) for value in values], bool)
+        return accepted[encoded.indices.to_numpy()]
+
+    def search(self, best: TopK, allowed: np.ndarray | None, keep_wide: bool) -> None:
+        """Add this segment's rows to ``best``; ``keep_wide`` holds a float32 copy for the next search."""
+        if keep_wide and self._wide is None and self.vectors.dtype != np.float32:
+            self._wide = np.asarray(self.vectors).astype(np.float32)
+        vectors = self.vectors if self._wide is None else self._wide
+        for start in range(0, self.rows, CHUNK):
+            stop = min(start + CHUNK, self.rows)
+            rows = np.arange(start, stop) if allowed is None else start + np.flatnonzero(allowed[start:stop])
+            if not len(rows):
+                continue
+            chosen: slice | np.ndarray = slice(start, stop) if len(rows) == stop - start else rows
+            if self.codes is None or self._wide is not None:
+                best.add(np.ascontiguousarray(vectors[chosen], np.float32), rows, _LONGEST)
+            else:
+                rough = best.queries @ self.codes[chosen].astype(np.float32).T * self.scale[chosen]
+                best.add_scored(rough, rows, _LONGEST, self.error, lambda i, rows=rows: self.vectors[rows[i]])
