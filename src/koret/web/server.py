@@ -1,0 +1,76 @@
+"""Listening: one socket, one process, and an end that waits for answers under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from typing import Any
+
+import uvicorn
+
+from koret.web.connection import HEADER_BYTES, PatientProtocol
+
+GRACE_SECONDS = 5
+KEEP_ALIVE_SECONDS = 15
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to ``host:port``, not yet listening. Raises RuntimeError in words."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        own = socket.socket(family, kind, protocol)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RuntimeError(f"cannot listen on {host}:{port} ({reason}); choose another with --port") from error
+    return own
+
+
+class Server(uvicorn.Server):
+    """uvicorn with the limits of ``connection``; ``started`` turns true once it listens."""
+
+    def __init__(self, app: Any) -> None:
+        config = uvicorn.Config(
+            app,
+            http=PatientProtocol,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+        )
+        super().__init__(config)
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # strangers' nonsense is no news
+
+    def serve_until_stopped(self, own: socket.socket) -> None:
+        """Answer until Ctrl-C or SIGTERM; answers under way are finished, within GRACE_SECONDS."""
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it again at the end
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.run(sockets=[own])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def serve_in_background(self, own: socket.socket):
+        """Serve from a thread for as long as the block runs; yields the base address."""
+        thread = threading.Thread(target=asyncio.run, args=(self.serve(sockets=[own]),), daemon=True)
+        thread.start()
+        while not self.started and thread.is_alive():
+            thread.join(0.01)
+        try:
+            yield "http://{}:{}".format(*own.getsockname()[:2])
+        finally:
+            self.should_exit = True
+            thread.join(GRACE_SECONDS + 5)
