@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from unicodedata import normalize
 
 from koret.data.korquad import Answer
-from koret.data.markup import Span, clean_html_text, clean_page
+from koret.data.markup import Span, clean_html_text, clean_page, normalize_text
 
 AnswerKind = str  # short | sentence | list | table
 _CELL = re.compile(r"<t[dh][\s>]")
@@ -37,7 +36,7 @@ def find_answer(context: str, answer: Answer) -> Span:
     """
     if answer.start >= 0 and context.startswith(answer.text, answer.start):
         return answer.start, answer.start + len(answer.text)
-    for text in dict.fromkeys((answer.text, normalize("NFC", answer.text), normalize("NFD", answer.text))):
+    for text in dict.fromkeys((answer.text, normalize_text(answer.text), normalize_text(answer.text, "NFD"))):
         first = context.find(text)
         if first >= 0:
             if context.find(text, first + 1) >= 0:

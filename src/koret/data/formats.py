@@ -149,7 +149,8 @@ def _list_answers(value: Any) -> list[Answer]:
     if isinstance(value, str) and value.startswith(("{", "[")):
         value = _parse_or_keep(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
-        starts = value.get("answer_start") or [-1] * len(value["text"])
+        starts = value.get("answer_start")
+        starts = starts if isinstance(starts, list) and starts else [-1] * len(value["text"])
         value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=False)]
     answers = []
     for item in value if isinstance(value, list) else [] if value is None else [value]:
@@ -164,7 +165,7 @@ def _list_answers(value: Any) -> list[Answer]:
 def _parse_or_keep(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -191,14 +192,15 @@ def read_json_lines(file: Any, name: str) -> Iterator[Numbered]:
         try:
             record = msgspec.json.decode(line)
         except RecursionError:
-            record = "nested too deeply"
+            yield number, "nested too deeply"
         except ValueError as error:
-            record = f"not valid JSON: {error}"
             try:
                 line.decode()
             except UnicodeDecodeError:
                 raise DataError(f"{name} is not UTF-8 (line {number:,}): convert it, for example from CP949") from None
-        yield number, record if isinstance(record, (dict, str)) else "not a JSON object"
+            yield number, f"not valid JSON: {error}"
+        else:
+            yield number, record if isinstance(record, dict) else "not a JSON object"
 
 
 class TableReader(PairReader):
@@ -214,16 +216,25 @@ class TableReader(PairReader):
     def _read_csv(self) -> Iterable[Numbered]:
         delimiter = "\t" if self.source.path.suffix.lower() == ".tsv" else ","
         csv.field_size_limit(1 << 30)
+        line = 1
         try:
             with open(self.source.path, encoding="utf-8-sig", newline="") as file:
-                rows = csv.DictReader(file, delimiter=delimiter, restkey="")
+                rows = csv.DictReader(self._refuse_nulls(file), delimiter=delimiter, restkey="", strict=True)
                 self._check_columns(rows.fieldnames or [])
+                line = rows.line_num + 1
                 for row in rows:
                     yield rows.line_num, row
+                    line = rows.line_num + 1
         except UnicodeDecodeError as error:
             raise DataError(f"{self.source.name} is not UTF-8 ({error.reason}): save it as CSV UTF-8") from None
         except csv.Error as error:
-            raise DataError(f"{self.source.name} is not a readable table: {error}") from None
+            raise DataError(f"{self.source.name} is not a readable table: {error} (row at line {line:,})") from None
+
+    def _refuse_nulls(self, lines: Iterable[str]) -> Iterator[str]:
+        for number, line in enumerate(lines, 1):
+            if "\0" in line:
+                raise DataError(f"{self.source.name} holds null bytes (line {number:,}): damaged, or UTF-16")
+            yield line
 
     def _read_parquet(self) -> Iterable[Numbered]:
         import pyarrow as pa

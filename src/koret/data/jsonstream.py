@@ -11,7 +11,6 @@ BLOCK = 1 << 20
 _LONGEST_VALUE = 512 << 20
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SCALAR_END = re.compile(rb"[\s,}\]]")
-_CLOSING_QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')  # an even number of backslashes before it
 _BACKSLASH = 0x5C
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
 
@@ -106,13 +105,17 @@ class JsonStream:
     def _skip_string(self, start: int) -> int:
         position = start + 1
         while True:
-            found = _CLOSING_QUOTE.search(self.buffer, position)
-            if found:
-                return found.end()
-            position = len(self.buffer)
-            while self.buffer[position - 1] == _BACKSLASH:  # a run of them is judged as a whole
-                position -= 1
-            self._grow(start)
+            quote = self.buffer.find(b'"', position)
+            if quote < 0:
+                position = len(self.buffer)
+                self._grow(start)
+                continue
+            first = quote
+            while self.buffer[first - 1] == _BACKSLASH:
+                first -= 1
+            position = quote + 1
+            if (quote - first) % 2 == 0:  # an odd number of backslashes escapes it
+                return position
 
     def _skip_scalar(self, start: int) -> int:
         position = start
@@ -135,11 +138,13 @@ class JsonStream:
 
     def _check_start(self) -> None:
         """Recognise what is no JSON by its first bytes, and step over a byte order mark."""
-        self.more()
+        while self.more() and self.buffer.isspace():
+            self.base += len(self.buffer)
+            self.buffer.clear()
         head = bytes(self.buffer[:256])
         if head.startswith(b"\xef\xbb\xbf"):
             del self.buffer[:3]
-            self.base = 3
+            self.base += 3
             head = head[3:]
         problem = _recognise(head)
         if problem:
@@ -158,8 +163,6 @@ def _recognise(head: bytes) -> str | None:
     text = head.lstrip()
     if not text:
         return "is empty"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
-        return "is UTF-16 or UTF-32 text: save it as UTF-8"
     if text.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the data: run `git lfs pull`"
     if text.startswith(b"<"):
@@ -168,6 +171,8 @@ def _recognise(head: bytes) -> str | None:
         return "is gzip-compressed: unpack it first (gunzip)"
     if head.startswith(b"PK\x03\x04"):
         return "is a zip archive: name it .zip"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+        return "is UTF-16 or UTF-32 text: save it as UTF-8"
     if not text.startswith((b"{", b"[")):
         return f"is not JSON: it starts with {text[:20]!r}"
     return None

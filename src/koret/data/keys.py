@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from hashlib import blake2b
+
+from koret.data.markup import normalize_text
 
 # Particles that hardly ever end a noun. 이, 가, 의, 에, 와, 과, 도, 로, 만 often do (고양이, 국가, 회의, 학과, 제주도).
 _PARTICLES = ("에서", "에게", "까지", "부터", "입니다", "이다")
@@ -17,7 +18,7 @@ def normalize_answer(text: str) -> str:
     A particle is only removed where Korean phonology allows it and a stem of two characters remains, so that
     한라산은 equals 한라산 while 마을 and 가은 stay whole.
     """
-    text = "".join(unicodedata.normalize("NFKC", text).lower().split())
+    text = "".join(normalize_text(text, "NFKC").lower().split())
     for endings, final in ((_PARTICLES, None), (_AFTER_CONSONANT, True), (_AFTER_VOWEL, False)):
         for ending in endings:
             stem = text.removesuffix(ending)
@@ -28,7 +29,7 @@ def normalize_answer(text: str) -> str:
 
 def text_key(text: str) -> int:
     """A signed 64-bit BLAKE2b hash of the text, NFC and with runs of white space as one space."""
-    normal = " ".join(unicodedata.normalize("NFC", text).split())
+    normal = " ".join(normalize_text(text).split())
     digest = blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -240,8 +240,8 @@ class ArticleReader:
         context = buffer.find(shape.context, start, end)
         questions = buffer.rfind(shape.questions, start, end)
         text = buffer.find(shape.raw_html, context, questions + 1) if self._contexts else context
-        if not start < context <= text <= questions:
-            return None
+        if not start < context <= text <= questions or buffer.find(shape.context, text + 1, end) >= 0:
+            return None  # another shape, or the start of the next article was not found where it is
         try:
             head = _decode_head(bytes(buffer[start:context]).rstrip(b", \t\r\n") + b"}")
             asked = _decode_questions(bytes(buffer[questions + len(shape.questions) - 1 : end]))

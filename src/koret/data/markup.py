@@ -319,7 +319,7 @@ _SAFE_CUT = re.compile("[\x00-\u02ff\u1100-\u115f\u3000-\u3098\u309b-\u312f\u319
 _CHUNK = 128
 
 
-def normalize_text(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
+def normalize_text(text: str, form: Literal["NFC", "NFD", "NFKC"] = "NFC") -> str:
     """The normal form in linear time: ``unicodedata.normalize`` sorts a run of combining marks in quadratic time."""
     if is_normalized(form, text):
         return text

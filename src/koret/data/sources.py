@@ -77,9 +77,22 @@ def _list_folder(root: Path) -> Iterator[Source | tuple[str, str]]:
             yield Source(here, here.relative_to(root).as_posix(), whole, size=size)
             subfolders.clear()
             continue
+        for name in subfolders:
+            if (here / name).is_symlink():
+                yield _name(here / name, root), "a link to a folder, not followed"
         for name in sorted(names, key=natural_key):
             if not name.startswith("."):
-                yield from _list_file(here / name, (here / name).relative_to(root).as_posix())
+                yield from _list_file(here / name, _name(here / name, root))
+
+
+def _name(path: Path, root: Path) -> str:
+    """The path as people and reports name it: relative to what the user named."""
+    name = path.relative_to(root).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name!a} is no file name in UTF-8: rename it") from None
+    return name
 
 
 def _recognise_folder(folder: Path, names: list[str]) -> str | None:
@@ -93,7 +106,9 @@ def _recognise_folder(folder: Path, names: list[str]) -> str | None:
 def _list_file(path: Path, name: str, named: bool = False) -> Iterator[Source | tuple[str, str]]:
     """The sources in one file; ``named`` by the user: then anything that is no data is an error of its own."""
     suffix = path.suffix.lower()
-    if suffix == ".zip":
+    if not path.is_file():
+        yield name, "no regular file"  # a pipe, or a link to nowhere
+    elif suffix == ".zip":
         yield from _list_zip(path, name)
     elif suffix in FORMATS:
         reason = None if named or suffix != ".json" else _find_other_json(path)
@@ -206,6 +221,8 @@ class _DeflatedMember(io.RawIOBase):
                 raise zipfile.BadZipFile(f"cannot unpack it ({error})") from error
         self._checksum = self._zlib.crc32(piece, self._checksum)
         self._length += len(piece)
+        if self._length > self._info.file_size:
+            raise zipfile.BadZipFile("it unpacks to more than it says")
         target[: len(piece)] = piece
         return len(piece)
 

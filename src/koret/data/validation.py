@@ -29,9 +29,12 @@ def find_fault(raw: bytes) -> str | None:
     except ValueError as error:
         return f"not valid: {error}"
     page = article.get("raw_html") if isinstance(article, dict) else None
-    for question in (article.get("qas") or ()) if isinstance(page, str) else ():
+    asked = article.get("qas") if isinstance(page, str) else None
+    for question in asked if isinstance(asked, list) else ():
         answer = question.get("answer") if isinstance(question, dict) else None
-        start, text = (answer.get(key) for key in ("html_answer_start", "html_answer_text")) if answer else (None, None)
+        if not isinstance(answer, dict):
+            continue
+        start, text = answer.get("html_answer_start"), answer.get("html_answer_text")
         if isinstance(start, int) and isinstance(text, str) and not page.startswith(text, start):
             return f"html_answer_text of question {question.get('id')} is not at html_answer_start"
     return None
