@@ -182,9 +182,10 @@ def _read_page(source: Source) -> tuple[Document, int, bool] | Reject:
         return Reject(source.name, f"cannot be read: {error.strerror}", 0, id=source.name)
     is_html = source.path.suffix.lower() in (".html", ".htm")
     titled = re.search(r"<title[^>]*>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE | re.IGNORECASE)
-    if not is_html:
-        text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
     title = " ".join(titled[1].split()) if titled else source.path.stem
+    if not is_html:
+        text = text[: titled.start()] + text[titled.end() :] if titled else text
+        text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
     return Document(source.name, title, (text,), "html" if is_html else "page", {"title": title}), 0, True
 
 

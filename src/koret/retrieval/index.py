@@ -77,6 +77,11 @@ class Index:
             ))  # fmt: skip
         return self._encoder
 
+    @property
+    def has_words(self) -> bool:
+        """Whether it can be searched by words too."""
+        return bool(self.info.lexical) and hasattr(self.store, "search_lexical")
+
     def search(
         self,
         queries: Sequence[str],
@@ -111,10 +116,10 @@ class Index:
     def search_lexical(self, queries: Sequence[str], k: int, where: Sequence[Condition] = ()) -> list[list[Hit]]:
         """The K passages of largest BM25 score; those that share no word with the query are no results."""
         _check_queries(queries)
-        search = getattr(self.store, "search_lexical", None)
-        if search is None or not self.info.lexical:
+        if not self.has_words:
             raise ValueError(f"{self.location} has no lexical part: search it with the mode dense")
-        return [_make_hits(found, "lexical") for found in search([q[:LONGEST_QUERY] for q in queries], k, where)]
+        clipped = [query[:LONGEST_QUERY] for query in queries]
+        return [_make_hits(found, "lexical") for found in self.store.search_lexical(clipped, k, where)]
 
     def fuse(self, dense: list[Hit], lexical: list[Hit], k: int, weight: float | None = None) -> list[Hit]:
         """One list of two: see ``search``."""
@@ -145,7 +150,7 @@ class Index:
         count_tokens = make_token_counter(self.encoder.export_tokenizer(find_cache_dir(None) / "tokenizers"))
         changed = skip_unchanged(self.store, documents, report)
         for entries in gather_segments(changed, self.info.passage_tokens, count_tokens, report):
-            self.store.add(entries, encode_entries(self.encoder, entries))
+            self.store.add(entries, encode_entries(self.encoder, entries, progress is not None))
             report.encoded += len(entries)
             if progress:
                 progress(report.encoded)
