@@ -7,6 +7,7 @@ import io
 import msgspec
 
 from koret.data.jsonstream import JsonStream
+from koret.data.sources import DataError
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -21,7 +22,10 @@ class Shape(msgspec.Struct, frozen=True):
 
 def learn_shape(article: bytes, gap: bytes) -> Shape | None:
     """The shape of an article, ``gap`` being what stands between it and the next; None: no such shape."""
-    members = _list_members(article)
+    try:
+        members = _list_members(article) if article.startswith(b"{") else []
+    except DataError:
+        return None
     names = [name for name, *_ in members]
     if names[-3:] != [b'"context"', b'"raw_html"', b'"qas"'] or names[0] != b'"title"' or len(set(names)) < len(names):
         return None
