@@ -77,7 +77,7 @@ def update(text: str) -> str:
 
 
 def list_documents() -> list[Path]:
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def main() -> int:
