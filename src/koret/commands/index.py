@@ -78,7 +78,15 @@ def build(options: argparse.Namespace) -> None:
     try:
         if options.json:
             report = msgspec.to_builtins(index.report)
-            print_json({"index": options.out, "passages": index.count(), **report, "info": index.store.info})
+            print_json(
+                {
+                    "index": options.out,
+                    "passages": index.count(),
+                    **report,
+                    "info": index.store.info,
+                    "approximate": getattr(index.store, "approximate", None),
+                }
+            )
         else:
             show_report(index, options)
     finally:
@@ -159,6 +167,12 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
             print(f"  {where}: {reject.reason}" + (f" ({reject.id})" if reject.id else ""))
         if report.rejected > SHOWN:
             print(f"  and {report.rejected - SHOWN:,} more (--json lists up to 1,000)")
-    if index.count() > LARGE and not options.approximate:
+    approximate = getattr(index.store, "approximate", None)
+    if approximate:
+        print(
+            f"approximate: {approximate['nprobe']:,} of {approximate['cells']:,} cells looked at, "
+            f"recall@10 {approximate['recall@10']:.3f} of exact search on {approximate['queries']:,} sample queries"
+        )
+    elif index.count() > LARGE:
         print(f"more than {LARGE:,} passages: --approximate makes searching faster, and says at what recall")
     print(f'search it: koret search {options.out} "질문"')

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -26,6 +27,7 @@ import numpy as np
 
 from koret import files
 from koret.data.passages import join_heading
+from koret.retrieval.approximate import Approximate, MissingFaiss, Search, build_approximate, open_approximate, tune
 from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.postings import Postings, Statistics, hash_text, take_best
@@ -36,6 +38,7 @@ SMALL, MANY = 16384, 8  # segments of fewer passages are merged once there are m
 LARGEST_MERGE = 32768
 WIDE_BYTES = 256 << 20  # below this, float32 copies of the vectors are held in memory
 QUERIES_AT_ONCE = 64
+log = logging.getLogger(__name__)
 
 
 class Damaged(ValueError):
@@ -51,7 +54,12 @@ class FolderStore:
         self.dimensions = int(info["dimensions"])
         self._lock: int | None = None
         self._writing = threading.Lock()
+        self._approximate: Approximate | None = None
         self._load()
+        try:
+            self._approximate = open_approximate(self.path / "approximate")
+        except MissingFaiss as error:
+            log.warning("%s is searched exactly: %s", self.path, error)
 
     @classmethod
     def create(cls, path: str | Path, info: dict[str, Any], dimensions: int) -> FolderStore:
@@ -90,10 +98,10 @@ class FolderStore:
             raise ValueError(f"query vectors {vectors.shape} do not fit an index of {self.dimensions} dimensions")
         if not np.isfinite(vectors).all():
             raise ValueError("a query vector holds NaN or infinite values")
-        segments = self._segments
+        segments, approximate = self._segments, None if where else self._approximate
         found: list[Found] = []
         for i in range(0, len(vectors), QUERIES_AT_ONCE):
-            found += self._search_dense(segments, vectors[i : i + QUERIES_AT_ONCE], _check_k(k), where)
+            found += self._search_dense(segments, vectors[i : i + QUERIES_AT_ONCE], _check_k(k), where, approximate)
         return found
 
     def search_lexical(
@@ -142,19 +150,46 @@ class FolderStore:
                  places.values()]  # fmt: skip
         return sorted(sum(found, []), key=lambda entry: int(entry.id.rpartition("#")[2]))
 
+    def sample_entries(self, count: int, seed: int = 0) -> list[Entry]:
+        """Passages drawn at random."""
+        rng = np.random.default_rng(seed)
+        places = [(s, r) for s in self._segments for r in self._draw(s, count, rng)]
+        chosen = rng.permutation(len(places))[:count]
+        return [segment.read_entry(int(row)) for segment, row in (places[i] for i in chosen)]
+
+    def _draw(self, segment: Segment, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Live rows of a segment, as many as its share of ``count`` rounded up."""
+        live = np.arange(segment.rows) if segment.live is None else np.flatnonzero(segment.live)
+        return rng.choice(live, min(len(live), -(-count * len(live) // self.count())), replace=False)
+
     def _search_dense(
-        self, segments: Sequence[Segment], queries: np.ndarray, k: int, where: Sequence[Condition]
+        self,
+        segments: Sequence[Segment],
+        queries: np.ndarray,
+        k: int,
+        where: Sequence[Condition] = (),
+        approximate: Approximate | None = None,
     ) -> list[Found]:
-        keep_wide = sum(segment.rows for segment in segments) * self.dimensions * 4 <= WIDE_BYTES
+        """Exact over every segment, or over those alone that the approximate index has not."""
+        if not segments:
+            return [[] for _ in queries]
         hits: list[list[tuple]] = [[] for _ in queries]
+        covered = set()
+        if approximate:
+            covered, hits = set(approximate.names), approximate.search(queries, segments, k)
+        keep_wide = sum(segment.rows for segment in segments) * self.dimensions * 4 <= WIDE_BYTES
         floor = np.full(len(queries), -np.inf)
         for segment in segments:
+            if segment.name in covered:
+                continue
             best = TopK(queries, min(k, segment.rows), floor)
             segment.search(best, segment.allow(where), keep_wide)
             if segment.rows >= k:
                 floor = np.maximum(floor, best.scores[:, -1])
             for own, rows, scores in zip(hits, best.rows.tolist(), best.scores.tolist(), strict=True):
                 own += [(s, segment.read_id(r), segment, r) for s, r in zip(scores, rows, strict=True) if r >= 0]
+        if approximate and min(map(len, hits)) < min(k, sum(segment.count for segment in segments)):
+            return self._search_dense(segments, queries, k)  # most of what it knew is gone
         return [_rank(own, k) for own in hits]
 
     @staticmethod
@@ -191,6 +226,35 @@ class FolderStore:
         """Merge small segments and forget deleted passages for good."""
         with self._write() as state:
             self._compact(state, everything=True)
+
+    def build_approximate(self, queries: np.ndarray) -> dict[str, Any]:
+        """Build the approximate index anew, unless it holds nine of ten passages already.
+
+        ``queries`` (Q, D) are sample queries to measure its recall on. Searches without conditions use it from now on,
+        together with an exact search of what it does not hold. Returns its description (cells, nprobe, recall@10).
+        """
+        with self._write() as state:
+            state.clear()
+            segments, folder = self._segments, self.path / "approximate"
+            held = set(self._approximate.names) if self._approximate else set()
+            known = sum(segment.count for segment in segments if segment.name in held)
+            if self._approximate is None or known < 0.9 * self.count() or "recall@10" not in self._approximate.info:
+                build_approximate(segments, folder)
+
+                def search(own: Approximate | None) -> Search:
+                    return lambda vectors, k: [
+                        [entry.id for entry, _ in found]
+                        for found in self._search_dense(segments, vectors, k, approximate=own)
+                    ]
+
+                tune(folder, np.asarray(queries, np.float32), search(None), search)
+                self._approximate = open_approximate(folder)
+        return self._approximate.info
+
+    @property
+    def approximate(self) -> dict[str, Any] | None:
+        """What the approximate index is like; None without one."""
+        return self._approximate.info if self._approximate else None
 
     def update_info(self, **values: Any) -> None:
         """Change what the index says about itself."""

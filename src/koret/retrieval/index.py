@@ -6,6 +6,7 @@ The pipeline, each step a function that others (``distributed``) may run elsewhe
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ MODES = ("dense", "lexical", "hybrid")
 DEPTH = 100  # results of each kind that a hybrid search fuses
 LONGEST_QUERY = 10_000  # characters; the rest of a query is not looked at
 SEGMENT = 4096  # passages encoded and kept together: what a kill can cost
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 LISTED = 1000  # rejected records kept word for word
 
 
@@ -219,6 +221,10 @@ def build_index(
         gone = [name for name in store.list_documents() if name not in seen]
         store.delete(gone)
         index.report.removed = len(gone)
+    if approximate:
+        if not hasattr(store, "build_approximate"):
+            raise ValueError(f"{out} has approximate indexes of its own: leave --approximate out")
+        store.build_approximate(encoder.encode(sample_queries(store), "query"))
     return index
 
 
@@ -274,6 +280,15 @@ def gather_segments(
 def encode_entries(encoder: TextEncoder, entries: Sequence[Entry], progress: bool = False) -> np.ndarray:
     """(N, D) float32 unit vectors of passages, in length-sorted batches."""
     return encoder.encode([join_heading(e.heading, e.text) for e in entries], "passage", progress=progress)
+
+
+def sample_queries(store: Store, count: int = 400, seed: int = 0) -> list[str]:
+    """Texts like queries, to measure recall on: a sentence each of passages drawn at random."""
+    queries = []
+    for entry in store.sample_entries(count, seed):
+        sentences = [s for s in _SENTENCE_END.split(entry.text) if 10 <= len(s) <= 80]
+        queries.append(sentences[len(sentences) // 2] if sentences else entry.text[:80])
+    return queries
 
 
 def _cut(items: Iterable, size: int) -> Iterator[list]:
