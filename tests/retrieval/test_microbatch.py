@@ -47,7 +47,7 @@ def test_everybody_gets_the_rows_of_their_own_texts(encoder):
     lengths = {kind: [len(x) for x in encoder.tokenize(TEXTS, kind)] for kind in ("query", "passage")}
     batcher = TextBatcher(encoder, batch_tokens=256)
     rng = np.random.default_rng(0)
-    asked = [(rng.permutation(40)[: rng.integers(1, 40)], ("query", "passage")[n % 2]) for n in range(24)]
+    asked = [(rng.permutation(40)[: rng.integers(1, 12)], ("query", "passage")[n % 2]) for n in range(16)]
     with ThreadPoolExecutor(8) as callers:
         futures = list(callers.map(lambda one: batcher.submit([TEXTS[i] for i in one[0]], one[1]), asked))
     for (rows, kind), future in zip(asked, futures, strict=True):
@@ -59,12 +59,12 @@ def test_everybody_gets_the_rows_of_their_own_texts(encoder):
 
 def test_what_waits_together_is_encoded_together_and_callers_take_turns(encoder, gate):
     seen = []
-    batcher = TextBatcher(encoder, batch_tokens=1000, watch=seen.append)
+    batcher = TextBatcher(encoder, batch_tokens=1500, watch=seen.append)
     first = batcher.submit(["가"], "query")
     assert gate.entered.wait(30)
-    corpus = batcher.submit(TEXTS * 4, "passage")
+    corpus = batcher.submit(TEXTS, "passage")
     questions = [batcher.submit([text], "query") for text in ("나", "다", "라")]
-    assert batcher.waiting == 163
+    assert batcher.waiting == 43
     ended = []
     for future, name in ((corpus, "corpus"), *((question, "question") for question in questions)):
         future.add_done_callback(lambda _, name=name: ended.append(name))
@@ -74,7 +74,7 @@ def test_what_waits_together_is_encoded_together_and_callers_take_turns(encoder,
     batcher.close()
     assert ended == ["question"] * 3 + ["corpus"]
     assert gate.batches[0] == 1 and gate.batches[1] > PIECE
-    assert sum(batch.texts for batch in seen) == sum(gate.batches) == 164
+    assert sum(batch.texts for batch in seen) == sum(gate.batches) == 44
     assert batcher.waiting == 0
 
 
