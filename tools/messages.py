@@ -86,7 +86,7 @@ def find_messages(source: Path = SOURCE) -> list[Message]:
 
 def normalize(text: str) -> str:
     """One line, one hole where several stand together."""
-    text = re.sub(r"[0-9a-f]{64}", HOLE, " ".join(text.split())).removeprefix("koret: ")
+    text = re.sub(r"[0-9a-f]{64}|%[sd]", HOLE, " ".join(text.split())).removeprefix("koret: ")
     return re.sub(rf"{HOLE}(\s*{HOLE})+", HOLE, text)
 
 
