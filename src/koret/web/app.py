@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
@@ -114,9 +115,13 @@ def make_app(
     async def say_http(request: Request, error: HTTPException) -> Response:
         return _send_error(error.status_code, "method" if error.status_code == 405 else "missing")
 
-    @app.exception_handler(422)
-    async def say_unreadable(request: Request, error: Exception) -> Response:
+    @app.exception_handler(RequestValidationError)
+    async def say_unreadable(request: Request, error: RequestValidationError) -> Response:
         return _send_error(400, "bad_json")
+
+    @app.exception_handler(Exception)
+    async def say_failed(request: Request, error: Exception) -> Response:
+        return _send_error(500, "failed")
 
     def _require_report():
         if report is None:

@@ -83,7 +83,7 @@ function renderStart() {
     ? make("div", { class: "start" }, make("h2", {}, say("try_one")),
       make("ul", { class: "examples" }, examples.map((text) => make("li", {},
         make("button", { type: "button", onclick: () => search(text) }, text)))),
-      make("p", { class: "soft" }, say("try_note", { count: count(questions) })))
+      make("p", { class: "soft" }, say(page.state.report ? "try_note" : "try_note_all", { count: count(questions) })))
     : make("div", { class: "start" }, make("p", { class: "soft" }, say("no_examples"))));
 }
 

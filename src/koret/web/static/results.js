@@ -50,7 +50,7 @@ function renderCard(hit, passage, column, before, words, best) {
   const bar = make("span", { class: "bar", "aria-hidden": "true" }, make("i"));
   const span = best - column.lowest;
   bar.firstChild.style.width = `${Math.round(100 * (span > 0 ? Math.max(0.04, (hit.score - column.lowest) / span) : 1))}%`;
-  const text = make("p", { class: "text" }, ...markWords(passage.text, words));
+  const text = make("p", { class: "text" }, ...markWords(passage.text.replace(/\n{2,}/g, "\n"), words));
   const card = make("li", {
     class: `card${passage.gold ? " gold" : ""}`, tabindex: "-1", "data-passage": hit.passage, "data-rank": hit.rank,
     onclick: (event) => { if (!String(getSelection())) toggle(event.currentTarget); },

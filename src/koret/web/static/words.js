@@ -23,6 +23,7 @@ const WORDS = {
   try_one: ["정답을 아는 질문으로 해 보세요", "Try a question whose answer is known"],
   no_examples: ["질문을 적으면 고른 모델들의 답이 나란히 보입니다.", "Write a question to see the answers side by side."],
   try_note: ["학습에 쓰지 않은 질문 {count}개 가운데 몇 개입니다.", "A few of {count} questions kept out of training."],
+  try_note_all: ["평가 질문 {count}개 가운데 몇 개입니다.", "A few of {count} evaluation questions."],
   searching: ["찾는 중…", "Searching…"],
   ranking: ["순위를 매기는 중…", "Ranking…"],
   nothing: ["겹치는 낱말이 있는 문단이 없습니다.", "No passage shares a word with the question."],
