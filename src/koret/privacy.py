@@ -1,4 +1,4 @@
-"""Keep secrets, user names and absolute paths out of files that are shared."""
+"""Keep secrets, user names and absolute paths out of shared files, and control characters off the screen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ _SECRET_NAME = re.compile(_SECRET + "$", re.IGNORECASE)
 _SECRET_OPTION = re.compile(rf"(--[\w-]*{_SECRET}=)\S+", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.~/:-])/(?:[^\s/'\",;:]+/)*[^\s/'\",;:]+")
+
+# Control characters but tab and line end: a terminal obeys them. What stands for them is drawn instead.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def make_printable(text: str) -> str:
+    """The text with every character that would command a terminal as a picture of it: escape becomes ``␛``."""
+    return text.translate(_PICTURES)
 
 
 def scrub(value: Any) -> Any:

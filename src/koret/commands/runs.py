@@ -144,7 +144,9 @@ def start_tensorboard(options: argparse.Namespace) -> None:
             f"(and from elsewhere: ssh -L {options.port}:localhost:{options.port} THIS_MACHINE). Stop with Ctrl-C."
         )
     sys.stdout.flush()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
+    # not -m: that would look for modules in the working directory first
+    start = "import sys; sys.path[:] = filter(None, sys.path); from tensorboard.main import run_main; run_main()"
+    command = [sys.executable, "-c", start, "--logdir", str(folder)]
     os.execv(sys.executable, [*command, "--host", options.host, "--port", str(options.port)])
 
 

@@ -13,6 +13,7 @@ from koret.data.assemble import IDENTICAL
 from koret.data.korquad import UNANSWERABLE
 from koret.data.prepare import SourceReport
 from koret.data.sources import DataError
+from koret.privacy import make_printable
 
 DEFAULT_MAX_BAD = 0.001
 _ALWAYS_TOLERATED = 10  # bad records, under the default share: one bad line does not stop a small set
@@ -76,13 +77,13 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"  note: {note}" for note in report["notes"]]
     if len(report["sources"]) > 1:
         lines += [f"  {describe_source(source)}" for source in report["sources"]]
-    return "\n".join(lines)
+    return make_printable("\n".join(lines))
 
 
 def describe_source(source: dict[str, Any]) -> str:
     """One line about a source."""
     rejected = source["articles"]["rejected"] + source["questions"]["rejected"]
-    return (
+    return make_printable(
         f"{source['name']}: {_count(source['articles']['kept'], 'article')}, "
         f"{_count(source['questions']['kept'], 'question')}" + (f", {rejected:,} left out" if rejected else "")
     )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from koret.privacy import make_printable
+
 FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -28,7 +30,10 @@ _CHUNK = 1 << 18
 
 
 class DataError(ValueError):
-    """A file cannot be read as data; the message names the file, what is wrong and what to do."""
+    """A file cannot be read as data; the message names the file, what is wrong and what to do, fit for a terminal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(make_printable(message))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ _decode_job = msgspec.json.Decoder(_Job, dec_hook=lambda kind, value: kind(value
 _decode_result = msgspec.json.Decoder(_Result).decode
 
 # A fresh interpreter that never sees the user's main module: no torch, and no `if __name__ == "__main__"` needed.
-_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from koret.data.workers import serve; serve()"
+# Nor does it look into the working directory, unless this process does.
+_START = "import sys; sys.path[:] = sys.argv[1:]; from koret.data.workers import serve; serve()"
 
 
 def prepare_all(
@@ -66,11 +67,11 @@ class _Pool:
     """Worker processes, each fed by a thread that waits for it: largest source first, so that all end together."""
 
     def __init__(self, size: int) -> None:
-        paths = msgspec.json.encode([str(Path(path).absolute()) if path else os.getcwd() for path in sys.path]).decode()
+        paths = [str(Path(path).absolute()) if path else os.getcwd() for path in sys.path]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-c", _START, paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [sys.executable, "-c", _START, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
             for _ in range(size)
         ]

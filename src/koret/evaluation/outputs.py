@@ -19,6 +19,7 @@ from koret.evaluation.report import EvaluationReport, make_name
 from koret.evaluation.scores import Scores
 from koret.evaluation.tasks import RetrievalTask
 from koret.files import write_file, write_json
+from koret.privacy import scrub
 
 LISTED_RANKS = 10
 
@@ -30,7 +31,7 @@ def save_report(report: EvaluationReport, folder: str | Path, *, figures: bool =
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", report.to_dict())
+    write_json(folder / "report.json", scrub(report.to_dict()))
     files = [folder / "report.json"]
     for section in (*report.sections, *report.extra):
         files.append(save_queries(section.task, section.scores, folder))

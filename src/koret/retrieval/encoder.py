@@ -241,6 +241,7 @@ def load_encoder(
         )
     except Exception as error:  # the libraries raise a dozen kinds for "not there"
         raise ValueError(_explain_missing_model(name, error)) from error
+    _announce_pickled_weights(source)
     if name == offline.NAME:
         length = model.max_seq_length
         offline.add_syllables(model)
@@ -265,6 +266,17 @@ def load_encoder(
         else prompts.get("passage") or prompts.get("document") or "passage: ",
         gradient_checkpointing=gradient_checkpointing,
     )
+
+
+def _announce_pickled_weights(source: str) -> None:
+    """Say where weights come from a pickle; the libraries read tensors from it and run no code (weights_only)."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def has(file: str) -> bool:
+        return Path(source, file).is_file() if Path(source).is_dir() else bool(try_to_load_from_cache(source, file))
+
+    if has("pytorch_model.bin") and not has("model.safetensors"):
+        log.warning("%s: weights from pytorch_model.bin, a pickle, read as tensors only; prefer safetensors", source)
 
 
 def _find_source(name: str) -> str:
