@@ -6,6 +6,7 @@ The pipeline, each step a function that others (``distributed``) may run elsewhe
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from koret.retrieval.corpus import Document, cut_document, read_corpus
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.retrieval.lexical import fuse_ranks, fuse_scores
 from koret.retrieval.places import IndexInfo, create_store, describe_encoder, exists, open_store, resolve_model
+from koret.retrieval.postings import hash_text
 from koret.retrieval.store import Condition, Entry, Found, Store
 
 MODES = ("dense", "lexical", "hybrid")
@@ -202,30 +204,54 @@ def build_index(
     with, and DataError for a corpus without a document.
     """
     encoder = model if isinstance(model, TextEncoder) else load_encoder(model, max_seq_length=max_seq_length)
-    documents = read_corpus(corpus) if isinstance(corpus, (str, Path)) else corpus
+    documents = iter(read_corpus(corpus) if isinstance(corpus, (str, Path)) else corpus)
+    first = list(itertools.islice(documents, 1))  # a corpus that cannot be read leaves no empty index
+    documents = itertools.chain(first, documents)
     wanted = {"dtype": dtype, "lexical": None if lexical is None else tuple(lexical), "passage_tokens": passage_tokens}
     store = open_store(out) if exists(out) else None
     if store is None:
         info = describe_encoder(encoder, out, {**wanted, "hybrid_weight": hybrid_weight})
         store = create_store(out, info)
-    index = Index(store, str(out), encoder)
+    try:
+        index = Index(store, str(out), encoder)
+        _bring_up_to_date(index, corpus, documents, wanted, prune, progress)
+        if approximate:
+            _add_approximate(index)
+    except BaseException:
+        store.close()
+        raise
+    return index
+
+
+def _bring_up_to_date(
+    index: Index,
+    corpus: Any,
+    documents: Iterable[Document | Reject],
+    wanted: dict[str, Any],
+    prune: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
     for name, value in wanted.items():
         kept = getattr(index.info, name)
         if value is not None and value != kept:
-            raise ValueError(f"{out} was made with {name} {kept}, not {value}: build another index, or leave it out")
-    seen: set[str] = set()
-    index.add(_note_ids(documents, seen), progress)
-    if not seen and not store.count():
-        raise DataError(_explain_nothing(corpus, index.report))
+            raise ValueError(
+                f"{index.location} was made with {name} {kept}, not {value}: build another index, or leave it out"
+            )
+    seen: set[int] = set()
+    report = index.add(_note_ids(documents, seen) if prune else documents, progress)
+    if not report.added + report.changed + report.unchanged:
+        why = f"; the first of {report.rejected} skipped: {report.rejects[0].source}: {report.rejects[0].reason}"
+        raise DataError(f"{corpus} holds no document to index" + (why if report.rejects else ""))
     if prune:
-        gone = [name for name in store.list_documents() if name not in seen]
-        store.delete(gone)
-        index.report.removed = len(gone)
-    if approximate:
-        if not hasattr(store, "build_approximate"):
-            raise ValueError(f"{out} has approximate indexes of its own: leave --approximate out")
-        store.build_approximate(encoder.encode(sample_queries(store), "query"))
-    return index
+        gone = [name for name in index.store.list_documents() if hash_text(name) not in seen]
+        index.store.delete(gone)
+        report.removed = len(gone)
+
+
+def _add_approximate(index: Index) -> None:
+    if not hasattr(index.store, "build_approximate"):
+        raise ValueError(f"{index.location} has approximate indexes of its own: leave --approximate out")
+    index.store.build_approximate(index.encoder.encode(sample_queries(index.store), "query"))
 
 
 def open_index(location: str | Path, model: str | Path | TextEncoder | None = None) -> Index:
@@ -302,10 +328,10 @@ def _cut(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def _note_ids(documents: Iterable[Document | Reject], seen: set[str]) -> Iterator[Document | Reject]:
+def _note_ids(documents: Iterable[Document | Reject], seen: set[int]) -> Iterator[Document | Reject]:
     for item in documents:
         if isinstance(item, Document):
-            seen.add(item.id)
+            seen.add(hash_text(item.id))
         yield item
 
 
@@ -322,8 +348,3 @@ def _check_queries(queries: Sequence[str]) -> None:
 
 def _make_hits(found: Found, part: str) -> list[Hit]:
     return [Hit(rank, score, entry, {part: score}) for rank, (entry, score) in enumerate(found, 1)]
-
-
-def _explain_nothing(corpus: Any, report: BuildReport) -> str:
-    why = f"; the first of {report.rejected} skipped: {report.rejects[0].source}: {report.rejects[0].reason}"
-    return f"{corpus} holds no document to index" + (why if report.rejects else "")

@@ -34,7 +34,7 @@ class IndexInfo(msgspec.Struct, frozen=True):
 
 
 def is_database(location: str | Path) -> bool:
-    return str(location).startswith("milvus:")
+    return str(location).startswith(("milvus:", "milvus+https:"))
 
 
 def _store_class(location: str | Path) -> Any:
@@ -66,7 +66,7 @@ def create_store(location: str | Path, info: IndexInfo) -> Store:
 def describe_encoder(encoder: TextEncoder, out: str | Path, wanted: dict[str, Any]) -> IndexInfo:
     tokenizer = encoder.export_tokenizer(find_cache_dir(None) / "tokenizers").stem
     return IndexInfo(
-        encoder=Path(encoder.name).name if os.path.isabs(encoder.name) else encoder.name,
+        encoder=_name_model(encoder.name),
         model=_refer(encoder.name, out),
         fingerprint=encoder.fingerprint(),
         prefixes=dict(encoder.prefixes),
@@ -75,6 +75,15 @@ def describe_encoder(encoder: TextEncoder, out: str | Path, wanted: dict[str, An
         tokenizer=tokenizer,
         **{"passage_tokens": encoder.max_seq_length, **{k: v for k, v in wanted.items() if v is not None}},
     )
+
+
+def _name_model(name: str) -> str:
+    """A model's name to show: that of its run or directory, without where it lies."""
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _refer(name: str, out: str | Path) -> str | None:
@@ -89,7 +98,7 @@ def _refer(name: str, out: str | Path) -> str | None:
         return None
     relative = os.path.relpath(path, Path(out).resolve())
     home = Path.home().name
-    return None if home and home in Path(relative).parts else relative
+    return None if home and home in Path(relative).parts else f"./{relative}"
 
 
 def resolve_model(info: IndexInfo, location: str) -> str:
