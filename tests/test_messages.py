@@ -99,7 +99,7 @@ def test_links_within_the_page_lead_to_a_heading(page):
 # ---- what the collector sees
 
 
-SAMPLE = '''
+SAMPLE = """
 LEAST = 3
 def check(value, name):
     hint = "it looks like CP949" if value else "save it as UTF-8"
@@ -117,7 +117,7 @@ class Reader:
         print(f"left out: {row}", file=sys.stderr)
         print(f"{row} is ordinary output")
         raise RuntimeError(explain(row)) from None
-'''
+"""
 
 
 def collect(tmp_path: Path, text: str) -> list[str]:

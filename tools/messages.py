@@ -93,7 +93,7 @@ def normalize(text: str) -> str:
 def is_speech(text: str) -> bool:
     """Whether a text says something beside what is filled in: two words, or one that stands alone."""
     words = re.findall(r"[^\W\d_]{2,}", text)
-    return len(words) > 1 or [text] == words and len(text) > 7
+    return (len(words) > 1 and " " in text) or ([text] == words and len(text) > 7)
 
 
 class _Module:
@@ -153,7 +153,7 @@ class _Module:
         elif name == "print" and any(_last_name(k.value) == "stderr" for k in call.keywords if k.arg == "file"):
             yield from self._read(call.args[0], function)
         elif (name in SHOWN or name.endswith("Error")) and call.args:
-            place = SHOWN.get(name, 0)
+            place = SHOWN.get(name)
             for argument in call.args if place is None else call.args[place : place + 1]:
                 read = list(self._read(argument, function))
                 yield from read
@@ -189,7 +189,8 @@ class _Module:
             return self._join(node.values, function, depth)
         if isinstance(node, ast.FormattedValue):
             texts = self.spell(node.value, function, depth + 1) if _is_plain(node) else [HOLE]
-            return texts if texts == [""] or any(map(is_speech, texts)) else [HOLE]
+            is_known = len(texts) == 1 and HOLE not in texts[0]  # a constant's name stands for its text
+            return texts if is_known or any(map(is_speech, texts)) else [HOLE]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return self._join([node.left, node.right], function, depth)
         if isinstance(node, ast.IfExp):
@@ -237,8 +238,9 @@ class _Module:
 
     def _spell_call(self, call: ast.Call, function: ast.FunctionDef | None, depth: int) -> list[str]:
         name = _last_name(call.func)
-        if name[:1].isupper() or name.lstrip("_")[:1].isupper():  # an exception: its first argument
-            return self.spell(call.args[0], function, depth + 1) if call.args else [HOLE]
+        if name[:1].isupper() or name.lstrip("_")[:1].isupper():  # an exception: its text
+            ways = [self.spell(argument, function, depth + 1) for argument in call.args]
+            return next((way for way in ways if any(map(is_speech, way))), [HOLE])
         home, original = self, name
         if name in self.imports:
             module, original = self.imports[name]
