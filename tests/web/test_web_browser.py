@@ -191,8 +191,8 @@ def test_every_text_has_both_languages(open_page):
     missing = page.evaluate(
         """async () => {
             const words = await import('/words.js');
-            const used = (await Promise.all(['app', 'results', 'report'].map(n => fetch(`/${n}.js`).then(r => r.text()))))
-                .join('').matchAll(/say\\("([a-z_]+)"/g);
+            const files = ['app', 'results', 'report'].map(name => fetch(`/${name}.js`).then(found => found.text()));
+            const used = (await Promise.all(files)).join('').matchAll(/say\\("([a-z_]+)"/g);
             const marked = [...document.querySelectorAll('[data-word], [data-label], [data-placeholder]')]
                 .flatMap(e => [e.dataset.word, e.dataset.label, e.dataset.placeholder]).filter(Boolean);
             return [...[...used].map(m => m[1]), ...marked].filter(name => words.say(name) === name);

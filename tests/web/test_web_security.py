@@ -82,8 +82,10 @@ def assert_in_words(answer: httpx.Response) -> None:
 # ---- whose requests are answered
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io",
-                                  "192.0.2.7", "0.0.0.0", "", "localhost@evil.example", "localhost/evil", "[::2]"])  # fmt: skip
+@pytest.mark.parametrize("host", [
+    "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io",
+    "192.0.2.7", "0.0.0.0", "", "localhost@evil.example", "localhost/evil", "[::2]",
+])  # fmt: skip
 def test_a_foreign_host_is_refused(client, host):
     for path in ("/", "/app.js", "/api/state"):
         answer = client.get(path, headers={"Host": host})

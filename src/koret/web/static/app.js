@@ -89,7 +89,8 @@ function renderStart() {
 
 // ---- suggestions below the box
 
-let suggesting = 0;
+let suggesting = 0; // counts up: an answer to an older wish is passed over
+let suggestSoon;
 
 async function suggest() {
   const text = at("query").value.trim();
@@ -112,6 +113,7 @@ async function suggest() {
 
 function hideSuggestions() {
   suggesting++;
+  clearTimeout(suggestSoon);
   at("suggestions").hidden = true;
   at("query").setAttribute("aria-expanded", "false");
   at("query").removeAttribute("aria-activedescendant");
@@ -298,10 +300,9 @@ function listen() {
   at("own-example").addEventListener("click", fillExample);
   at("own-passages").addEventListener("input", countPassages);
   at("language").addEventListener("click", () => { switchLanguage(); renderWords(); });
-  let waiting;
-  at("query").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(suggest, 150); });
+  at("query").addEventListener("input", () => { clearTimeout(suggestSoon); suggestSoon = setTimeout(suggest, 150); });
   at("query").addEventListener("keydown", typeInBox);
-  at("query").addEventListener("blur", () => { clearTimeout(waiting); hideSuggestions(); });
+  at("query").addEventListener("blur", hideSuggestions);
   for (const name of TABS) {
     at(`tab-${name}`).addEventListener("click", () => goTo(name, name === "search" && page.answer ? page.answer.query : ""));
   }
