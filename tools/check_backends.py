@@ -88,7 +88,7 @@ def make_environment(backend: str, work: Path) -> Path:
         venv.create(home, with_pip=True, clear=True)
         for packages in ([TORCH], [TORCH, *ENVIRONMENTS[backend]]):
             subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
-        # optimum-intel asks for torchvision, whose build for CUDA does not import beside torch's for CPUs; texts need none
+        # optimum-intel asks for torchvision, whose CUDA build does not import beside torch's CPU build; texts need none
         subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", "torchvision"], check=True)
         (home / "ready").touch()
     return python
