@@ -240,8 +240,8 @@ def _bring_up_to_date(
     seen: set[int] = set()
     report = index.add(_note_ids(documents, seen) if prune else documents, progress)
     if not report.added + report.changed + report.unchanged:
-        why = f"; the first of {report.rejected} skipped: {report.rejects[0].source}: {report.rejects[0].reason}"
-        raise DataError(f"{corpus} holds no document to index" + (why if report.rejects else ""))
+        why = [f"; the first of {report.rejected} skipped: {r.source}: {r.reason}" for r in report.rejects[:1]]
+        raise DataError(f"{corpus} holds no document to index{''.join(why)}")
     if prune:
         gone = [name for name in index.store.list_documents() if hash_text(name) not in seen]
         index.store.delete(gone)
