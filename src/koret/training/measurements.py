@@ -35,6 +35,10 @@ class Measurements:
         """Remember the values (4,) of a step without waiting for the device."""
         self._waiting.append((step, [batch.rows for batch in batches], values))
 
+    def skip(self, batches: list[Batch]) -> None:
+        """Count the questions of batches in which no text serves as a negative: they are not trained on."""
+        self.totals["skipped"] += sum(len(batch.rows) for batch in batches)
+
     def add_seconds(self, seconds: float) -> None:
         self._seconds += seconds
 
@@ -82,6 +86,8 @@ class Measurements:
             "train/masked_negatives": masked.mean(),
             "train/questions_without_negatives": skipped.mean(),
         }
+        if self._scaling:
+            values["train/overflows"] = self.totals["overflows"]  # steps so far that float16 could not hold
         self._recent, self._seconds = [], 0.0
         return {name: float(value) for name, value in values.items()}
 
@@ -90,6 +96,14 @@ class Measurements:
         total, steps = self._epoch
         self._epoch = [0.0, 0]
         return {"train/epoch_loss": total / steps} if steps else {}
+
+    def describe_losses(self) -> str:
+        """In words, what was not trained on in the whole run; empty where there is nothing to say."""
+        said = {
+            "skipped": "{:,} times a question had no negative in its batch and was left out",
+            "overflows": "{:,} steps overflowed in float16 and were skipped, as usual at the start",
+        }
+        return "; ".join(text.format(self.totals[name]) for name, text in said.items() if self.totals[name])
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values for a checkpoint; nothing may be waiting on the device."""

@@ -149,7 +149,9 @@ class EmbeddingTrainer:
     def _take_step(self, step: Step) -> None:
         """One optimizer step: batches, embeddings, loss, gradients, update, and now and then a record."""
         began = time.perf_counter()
-        batches = [batch for batch in map(self.job.maker.make, step.batches) if batch.has_negatives]
+        made = [self.job.maker.make(rows) for rows in step.batches]
+        batches = [batch for batch in made if batch.has_negatives]
+        self.measurements.skip([batch for batch in made if not batch.has_negatives])
         due = step.number % self.config.log_every_n_steps == 0 or step.number == self.job.schedule.total
         norms, histograms = None, {}
         if batches:
@@ -323,6 +325,8 @@ class EmbeddingTrainer:
         self.record.close_finished(self.at)
         self.terminal.stop()
         self.terminal.console.print(format_report(report, slices=False))
+        if losses := self.measurements.describe_losses():
+            self.terminal.say(losses)
         self.terminal.say(f"model of step {best}: {self.run_dir / 'model'}")
 
 
