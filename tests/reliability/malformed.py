@@ -310,6 +310,11 @@ add(
     Reads(2, 2, {NOT_ARTICLE: 1}),
     strict=True,
 )
+nulls = (
+    {"context": "\0 \0", "qas": []},
+    {"context": "앞 정답 뒤", "qas": [{"id": "z", "question": "답?", "answers": "정답"}]},
+)
+add("paragraphs of null characters", articles({"title": "글", "paragraphs": list(nulls)}), ONE)
 add("an empty page", articles(page(1), page(2, context="")), Reads(2, 1, {"the answer is not in the context": 1}))
 add(
     "a page of tags only",

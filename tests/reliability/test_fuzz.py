@@ -54,14 +54,17 @@ REMOVED = ("script", "style", "head", "title", "template", "svg")
 BRACKET_IN_QUOTES = re.compile(r"""=\s?(?:"[^"<>]*|'[^'<>]*)[<>]""")
 
 
+LONG_NUMBER = re.compile(r"&#(?:[0-9]{21}|[xX][0-9a-fA-F]{17})")  # no character: left as it stands
+
+
 def read_visible(page: str) -> str | None:
-    """The letters and digits a reader of the page sees, by a walk along its characters; None where quotes decide.
+    """The letters and digits a reader of the page sees, by a walk along its characters; None where quotes decide or numbers run long.
 
     A tag is ``<`` and a letter, ``/``, ``!`` or ``?`` up to ``>`` with no other bracket between. Comments and the
     elements of REMOVED are not seen; an element that is not closed is only its tag, but scripts, styles and comments
     run to the end, and a head to the body.
     """
-    if BRACKET_IN_QUOTES.search(page):
+    if BRACKET_IN_QUOTES.search(page) or LONG_NUMBER.search(page):
         return None
     lower, seen, at, text_from = page.lower(), [], 0, 0
 

@@ -283,7 +283,7 @@ def _normalize_all(texts: list[str], is_clean: bool) -> list[str]:
 
     ``is_clean``: ``markup`` has left no white space but spaces and line ends.
     """
-    joined = normalize_text("\0".join(texts), "NFKC").lower()
+    joined = normalize_text("\0".join(text.replace("\0", " ") for text in texts), "NFKC").lower()
     if is_clean:
         return joined.replace(" ", "").replace("\n", "").split("\0")
     return ["".join(text.split()) for text in joined.split("\0")]
