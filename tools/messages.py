@@ -28,7 +28,7 @@ MOST = 12  # ways one message can read before its parts count as filled in
 # Calls that show their text to a person, by the last part of their name, and which argument holds it (None: the
 # first that is text).
 SHOWN = {
-    "error": 0, "exit": 1, "warning": 0, "warn": 0,  # argparse, logging, warnings
+    "error": 0, "exit": 1, "warning": 0, "warn": 0, "exception": 0,  # argparse, logging, warnings
     "reject": None, "_reject": None, "Reject": None, "Unlocated": 0,  # records left out
     "announce": 0, "say": 0,  # downloads, checkpoints and training speak through these
     "__init__": 0,  # an exception that words itself
@@ -201,6 +201,9 @@ class _Module:
             return self._spell_name(node.id, function, depth)
         if isinstance(node, ast.Call):
             return self._spell_call(node, function, depth)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):  # one of a table's sentences
+            table = self.values.get(node.value.id)
+            return self._unite(table.values, function, depth) if isinstance(table, ast.Dict) else [HOLE]
         return [HOLE]
 
     def _join(self, parts: list[ast.expr], function: ast.FunctionDef | None, depth: int) -> list[str]:
