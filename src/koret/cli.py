@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from koret import __version__
-from koret.commands import data, evaluate, export, index, runs, search, train, web
+from koret.commands import data, evaluate, export, index, runs, search, serve, train, web
 
 # name, help, the function that adds its options, the function that runs it
 COMMANDS = (
@@ -44,6 +44,7 @@ COMMANDS = (
     ("index", "make a corpus searchable, keep it up to date, delete from it", index.add_index, index.index),
     ("search", "find the passages that answer a question", search.add_search, search.search),
     ("web", "compare models side by side in the browser: search, report, own passages", web.add_web, web.show_page),
+    ("serve", "serve a model behind OpenAI's embeddings interface", serve.add_serve, serve.serve_model),
     ("export", "a model for other programs, proven to rank the same", export.add_export, export.export),
     ("runs", "list runs, show one, or compare several", runs.add_runs, runs.show_runs),
     ("tensorboard", "show the runs in TensorBoard", runs.add_tensorboard, runs.start_tensorboard),

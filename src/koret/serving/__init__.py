@@ -1,0 +1,1 @@
+"""koret serve: a model behind the embeddings interface of OpenAI."""
