@@ -12,7 +12,7 @@ from koret.evaluation.significance import RESAMPLES
 ROOT = Path(__file__).resolve().parents[1]
 README, KOREAN = ROOT / "README.md", ROOT / "README.ko.md"
 PAGES = [KOREAN, *sorted((ROOT / "docs" / "ko").glob("*.md"))]
-SOURCES = [README, *(ROOT / "docs" / name for name in ("RESULTS.md", "DATA.md", "REFERENCE.md"))]
+SOURCES = [README, *(ROOT / "docs").glob("[A-Z]*[A-Z].md"), *(ROOT / "docs" / "guides").glob("*.md")]
 # said in Korean pages only: examples (versions, ranks, weights) and no measurements
 OWN = {"0.5", "1.0", "2.0", "2.1", "3.10", f"{RESAMPLES:,}"}
 
