@@ -162,6 +162,12 @@ class FolderStore:
         live = np.arange(segment.rows) if segment.live is None else np.flatnonzero(segment.live)
         return rng.choice(live, min(len(live), -(-count * len(live) // self.count())), replace=False)
 
+    def read_segments(self) -> Iterator[tuple[list[Entry], np.ndarray]]:
+        """Everything kept, a piece at a time: passages and their vectors (N, D) float32."""
+        for segment in self._segments:
+            rows = np.arange(segment.rows) if segment.live is None else np.flatnonzero(segment.live)
+            yield segment.read_entries(rows), np.asarray(segment.vectors[rows], np.float32)
+
     def _search_dense(
         self,
         segments: Sequence[Segment],
