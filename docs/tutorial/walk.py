@@ -133,15 +133,15 @@ with closing(open_index("index")) as index:
 # %% [markdown]
 # ## 9. Serve it
 #
-# `koret web` puts models side by side: here the tuned model, its base and BM25 over the index just made. The page is
-# for people; the same answers come as JSON.
+# `koret web` puts answers side by side; here those of the index just made. The page is for people; the same answers
+# come as JSON. (`koret web offline latest` would show base and tuned model next to each other.)
 
 # %%
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
 page = f"http://127.0.0.1:{port}"
-command = [sys.executable, "-m", "koret.cli", "web", "offline", str(run.path), "--index", "index", "--port", str(port)]
+command = [sys.executable, "-m", "koret.cli", "web", "--index", "index", "--port", str(port)]
 server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
