@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -77,7 +78,9 @@ def take_questions(dataset: Dataset, task: RetrievalTask) -> Questions:
     )
 
 
+@functools.lru_cache(20_000)  # the same passages come up again and again
 def make_unit(heading: str, text: str) -> Unit:
+    """What makes two passages one: heading and text without regard to spaces."""
     return " ".join(heading.split()), " ".join(text.split())
 
 
