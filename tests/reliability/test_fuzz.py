@@ -58,7 +58,9 @@ LONG_NUMBER = re.compile(r"&#(?:[0-9]{21}|[xX][0-9a-fA-F]{17})")  # no character
 
 
 def read_visible(page: str) -> str | None:
-    """The letters and digits a reader of the page sees, by a walk along its characters; None where quotes decide or numbers run long.
+    """The letters and digits a reader of the page sees, by a walk along its characters.
+
+    None where quotes decide or numbers run long.
 
     A tag is ``<`` and a letter, ``/``, ``!`` or ``?`` up to ``>`` with no other bracket between. Comments and the
     elements of REMOVED are not seen; an element that is not closed is only its tag, but scripts, styles and comments
@@ -99,7 +101,7 @@ def read_visible(page: str) -> str | None:
 
 
 def keep_letters(text: str) -> str:
-    return "".join(c for c in normalize("NFC", text) if c.isalnum())
+    return "".join(c for c in normalize("NFD", text) if c.isalnum())  # decomposed: a tag may part two jamo
 
 
 def check_page(page: str) -> bool:
@@ -215,7 +217,7 @@ def test_together_the_slow_runs_are_twenty_thousand():
     ],
 )
 def test_the_oracle_by_hand(page, visible):
-    assert read_visible(page) == visible
+    assert read_visible(page) == (None if visible is None else keep_letters(visible))
 
 
 def test_a_reader_that_loses_an_article_is_caught():
