@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -97,3 +98,34 @@ def test_learning_guide_says_of_every_idea_where_it_lives_and_what_it_gave():
         assert re.search(r"\*\*(In koret|Not in koret)", idea), f"{title}: not said whether koret has it"
         assert "**Here:**" in idea, f"{title}: not said what it gave here"
         assert "$$" in idea, f"{title}: no formula"
+
+
+WALK = ROOT / "docs" / "tutorial" / "walk.py"
+
+
+def test_tutorial_page_is_made_from_the_present_source():
+    done = subprocess.run([sys.executable, "tools/tutorial.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_tutorial_check_notices_a_changed_cell(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import tutorial
+
+    source = "# %% [markdown]\n# # Title\n\n# %%\nprint(6 * 7)\n"
+    page = tutorial.render(source, tutorial.run_cells(tutorial.read_cells(source)))
+    assert "# Title" in page and "print(6 * 7)" in page and "```text\n42\n```" in page
+    assert tutorial.check(source, page) is None
+    assert tutorial.check(source.replace("7", "8"), page)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_tutorial_runs_in_less_than_a_quarter_of_an_hour(tmp_path):
+    page = tmp_path / "walk.md"
+    began = time.perf_counter()
+    command = [sys.executable, "tools/tutorial.py", "--out", str(page)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert time.perf_counter() - began < 15 * 60
+    assert page.read_text(encoding="utf-8").count("```python") == WALK.read_text(encoding="utf-8").count("# %%\n")
