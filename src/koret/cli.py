@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from koret import __version__
 from koret.commands import data, evaluate, export, index, runs, search, serve, train, web
+from koret.privacy import make_printable
 
 # name, help, the function that adds its options, the function that runs it
 COMMANDS = (
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("KORET_DEBUG") == "1":
             raise
-        print(f"koret: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+        print(f"koret: {make_printable(str(error).strip()) or type(error).__name__}", file=sys.stderr)
         return getattr(error, "exit_code", USAGE if isinstance(error, (ValueError, FileNotFoundError)) else FAILED)
 
 
