@@ -85,6 +85,7 @@ def test_two_processes_build_what_one_builds(tmp_path: Path) -> None:
     share.close()
     first, _ = launch(changed, tmp_path / "two")
     assert (first["changed"], first["added"], first["unchanged"]) == (1, 0, 23)
+    alone.close()
     again = build_shares("offline", changed, tmp_path / "one", **SETTINGS)
     assert_equal(again.store, FolderStore.open(tmp_path / "two"))
 
