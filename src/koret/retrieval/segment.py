@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from koret.data.tables import make_array
 from koret.retrieval.exact import TopK
@@ -137,7 +138,7 @@ class Segment:
     def search(self, best: TopK, allowed: np.ndarray | None, keep_wide: bool) -> None:
         """Add this segment's rows to ``best``; ``keep_wide`` holds a float32 copy for the next search."""
         if keep_wide and self._wide is None and self.vectors.dtype != np.float32:
-            self._wide = np.asarray(self.vectors).astype(np.float32)
+            self._wide = _widen(self.vectors)
         vectors = self.vectors if self._wide is None else self._wide
         for start in range(0, self.rows, CHUNK):
             stop = min(start + CHUNK, self.rows)
@@ -146,7 +147,14 @@ class Segment:
                 continue
             chosen: slice | np.ndarray = slice(start, stop) if len(rows) == stop - start else rows
             if self.codes is None or self._wide is not None:
-                best.add(np.ascontiguousarray(vectors[chosen], np.float32), rows, _LONGEST)
+                best.add(_widen(vectors[chosen]), rows, _LONGEST)
             else:
                 rough = best.queries @ self.codes[chosen].astype(np.float32).T * self.scale[chosen]
                 best.add_scored(rough, rows, _LONGEST, self.error, lambda i, rows=rows: self.vectors[rows[i]])
+
+
+def _widen(vectors: np.ndarray) -> np.ndarray:
+    """float32 of vectors read from the disk; torch converts float16 several times as fast as NumPy."""
+    if vectors.dtype == np.float16:
+        return torch.from_numpy(np.array(vectors)).float().numpy()
+    return np.ascontiguousarray(vectors, np.float32)
