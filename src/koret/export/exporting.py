@@ -214,7 +214,6 @@ def _choose_folder(
         target = Path(out).expanduser()
     if target.exists() and not (target / RECORD).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is no export of koret: name another folder with --out")
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target.resolve()
 
 
