@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from korquad1 import ROOT, find_finished, train
 
 from koret import runs
 from koret.evaluation.evaluator import Evaluator, evaluate
@@ -23,6 +22,7 @@ from koret.evaluation.metrics import PRIMARY
 from koret.evaluation.scores import Scores
 from koret.evaluation.significance import compare_paired
 from koret.files import write_json
+from korquad1 import ROOT, find_finished, train
 
 METRIC = PRIMARY[0]
 WEIGHTS = [step / 10 for step in range(11)]
@@ -74,7 +74,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"\nseed {result['seed']}: weight {result['weight']}, {result['task']['queries']:,} questions\n")
     print("| system | nDCG@10 | MAP | recall@10 | minus BM25 bigrams, nDCG@10 |\n|---|---|---|---|---|")
     for name, row in result["systems"].items():
-        cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f}–{row[m]['high']:.3f})" for m in (METRIC, "map", "recall@10")]
+        cells = [
+            f"{row[m]['mean']:.3f} ({row[m]['low']:.3f}–{row[m]['high']:.3f})" for m in (METRIC, "map", "recall@10")
+        ]
         gap = result["differences"].get(name, {}).get("BM25 bigrams")
         said = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}], {gap['outcome']}" if gap else ""
         print(f"| {name} | {' | '.join(cells)} | {said} |")

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "koret"
 # from the top: a module may import from its own layer and those below
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["commands"],
     ["web", "serving"],

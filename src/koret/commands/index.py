@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from koret.commands.screen import print_json
+from koret.privacy import make_printable
 
 LEXICAL = {"bigram": ("bigram",), "kiwi": ("kiwi",), "both": ("bigram", "kiwi"), "none": ()}
 SHOWN = 10  # skipped records named in the summary
@@ -46,7 +47,7 @@ def add_index(command: argparse.ArgumentParser) -> None:
 
 
 def index(options: argparse.Namespace) -> None:
-    """The same command after a kill goes on where it was."""
+    """The same command after a kill goes on where it was; `accelerate launch -m koret index ...` shares the work."""
     if options.delete or options.verify:
         if options.corpus:
             raise ValueError("--delete and --verify go without a corpus: koret index --out DIR --delete ID")
@@ -58,13 +59,13 @@ def index(options: argparse.Namespace) -> None:
 
 
 def build(options: argparse.Namespace) -> None:
-    from koret.retrieval.index import build_index
+    from koret.retrieval.distributed import build_shares
     from koret.retrieval.places import exists
 
     settings: dict[str, Any] = {"passage_tokens": options.passage_tokens}
     if not exists(options.out):
         settings = {**read_run_settings(options.model), **{k: v for k, v in settings.items() if v is not None}}
-    index = build_index(
+    index = build_shares(
         options.model,
         options.corpus,
         options.out,
@@ -75,6 +76,8 @@ def build(options: argparse.Namespace) -> None:
         progress=None if options.json else make_progress(),
         **settings,
     )
+    if index is None:  # one of several processes; the first reports for all
+        return
     try:
         if options.json:
             report = msgspec.to_builtins(index.report)
@@ -143,7 +146,7 @@ def maintain(options: argparse.Namespace) -> None:
     if "deleted" in done:
         print(f"{len(done['deleted'])} documents deleted ({done['passages_deleted']:,} passages)")
         for name in done["unknown"]:
-            print(f"  not in the index: {name}")
+            print(make_printable(f"  not in the index: {name}"))
     if "verified" in done:
         print("every file is as it was written")
     print(f"{options.out} holds {done['passages']:,} passages")
@@ -164,7 +167,7 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
         print(f"{report.rejected:,} records skipped:")
         for reject in report.rejects[:SHOWN]:
             where = f"{reject.source}:{reject.position}" if reject.position else reject.source
-            print(f"  {where}: {reject.reason}" + (f" ({reject.id})" if reject.id else ""))
+            print(make_printable(f"  {where}: {reject.reason}" + (f" ({reject.id})" if reject.id else "")))
         if report.rejected > SHOWN:
             print(f"  and {report.rejected - SHOWN:,} more (--json lists up to 1,000)")
     approximate = getattr(index.store, "approximate", None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from koret.data.columns import read_column, read_lists
 from koret.data.keys import text_key
+from koret.data.markup import normalize_text
 from koret.evaluation.tasks import RetrievalTask
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _choose_lookups(own: Sequence[np.ndarray], threshold: float) -> tuple[np.nda
 
 def _cut_pieces(texts: Sequence[str], size: int) -> tuple[np.ndarray, np.ndarray]:
     """(owner ascending, 64-bit hash) of each text's different pieces; a short text is one piece, an empty one none."""
-    plain = [_NOT_WORD.sub("", unicodedata.normalize("NFKC", text or "").lower()) for text in texts]
+    plain = [_NOT_WORD.sub("", normalize_text(text or "", "NFKC").lower()) for text in texts]
     padded = [text.ljust(size, "\0") if text else "" for text in plain]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in padded], np.int64)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from koret.data.markup import normalize_text
 from koret.retrieval.exact import rank_scores
 
 Tokenizer = Literal["bigram", "kiwi", "whitespace"]
@@ -77,7 +77,7 @@ class LexicalIndex:
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
     """The tokens of each text."""
-    return _TOKENIZERS[tokenizer]([unicodedata.normalize("NFC", text).lower() for text in texts])
+    return _TOKENIZERS[tokenizer]([normalize_text(text).lower() for text in texts])
 
 
 def _cut_bigrams(texts: list[str]) -> list[list[str]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from koret.data.markup import normalize_text
 from koret.evaluation.tasks import RetrievalTask
 
 if TYPE_CHECKING:
@@ -85,4 +85,4 @@ def make_unit(heading: str, text: str) -> Unit:
 
 
 def fold(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return " ".join(normalize_text(text).casefold().split())
