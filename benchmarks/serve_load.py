@@ -99,7 +99,7 @@ def read_texts() -> list[str]:
     from koret.data.loader import load_dataset
 
     data = load_dataset("sample")
-    questions = itertools.cycle(data.questions.column("question").to_pylist())
+    questions = itertools.cycle(data.questions.column("text").to_pylist())
     passages = data.passages.column("text").to_pylist()
     return [text for passage in passages for text in (next(questions), next(questions), next(questions), passage)]
 
