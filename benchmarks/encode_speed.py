@@ -86,7 +86,7 @@ def make_variants(encoder: TextEncoder, folder: Path, threads: int) -> dict[str,
     }
     if device == "cpu":
         for name, encode in make_engines(encoder, folder, threads).items():
-            variants[name] = encode, "fp32" if name.endswith("float32") else ""
+            variants[name] = encode, {"float32": "fp32", "bfloat16": "bf16"}.get(name.split()[-1], "")
     return variants
 
 
