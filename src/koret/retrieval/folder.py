@@ -12,7 +12,6 @@ names, which the next one removes. Small segments and such with many deletions a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -30,6 +29,7 @@ from koret.data.passages import join_heading
 from koret.retrieval.approximate import Approximate, MissingFaiss, Search, build_approximate, open_approximate, tune
 from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
+from koret.retrieval.manifest import Damaged, explain_damage, hash_file, read_manifest, take_lock, write_manifest
 from koret.retrieval.postings import Postings, Statistics, hash_text, take_best
 from koret.retrieval.segment import CHUNK, DTYPES, Segment, write_segment
 from koret.retrieval.store import Condition, Entry, Found
@@ -39,10 +39,6 @@ LARGEST_MERGE = 32768
 WIDE_BYTES = 256 << 20  # below this, float32 copies of the vectors are held in memory
 QUERIES_AT_ONCE = 64
 log = logging.getLogger(__name__)
-
-
-class Damaged(ValueError):
-    """Files of an index are missing or not as they were written."""
 
 
 class FolderStore:
@@ -71,7 +67,7 @@ class FolderStore:
             raise ValueError(f"unknown dtype {info['dtype']!r}; choose one of {', '.join(DTYPES)}")
         (path / "segments").mkdir(parents=True, exist_ok=True)
         files.write_json(path / "index.json", {**info, "dimensions": dimensions})
-        _write_manifest(path, {"generation": 0, "segments": []})
+        write_manifest(path, {"generation": 0, "segments": []})
         return cls.open(path)
 
     @classmethod
@@ -84,7 +80,7 @@ class FolderStore:
             info = json.loads((path / "index.json").read_bytes())
             info["dimensions"] = int(info["dimensions"])
         except (ValueError, KeyError, TypeError) as error:
-            raise _explain_damage(path / "index.json", str(error)) from None
+            raise explain_damage(path / "index.json", str(error)) from None
         return cls(path, info)
 
     # ---- reading
@@ -280,14 +276,14 @@ class FolderStore:
         """The manifest to change; on leaving it replaces the old one (unless emptied) and is what is searched."""
         with self._writing:
             if self._lock is None:
-                self._lock = _take_lock(self.path / "lock")
+                self._lock = take_lock(self.path / "lock")
                 self._load()  # another writer may have been here since
                 self._remove_leftovers()
             state = json.loads(json.dumps(self._manifest))
             state["generation"] += 1
             yield state
             if state:
-                _write_manifest(self.path, state)
+                write_manifest(self.path, state)
                 self._load()
                 self._remove_leftovers()
 
@@ -309,7 +305,7 @@ class FolderStore:
             write_segment(folder, entries, vectors, self.dtype, postings)
             record = {"name": name, "rows": len(entries), "files": {}, "deleted": None}
             for file in sorted(folder.iterdir()):
-                record["files"][file.name] = [file.stat().st_size, _hash_file(file)]
+                record["files"][file.name] = [file.stat().st_size, hash_file(file)]
         return record
 
     def _delete(self, state: dict, documents: Sequence[str]) -> int:
@@ -371,11 +367,11 @@ class FolderStore:
     def _load(self) -> None:
         """Map the segments of the newest manifest; a writer may replace it meanwhile."""
         for _ in range(5):
-            manifest = _read_manifest(self.path)
+            manifest = read_manifest(self.path)
             try:
                 segments = [self._open_segment(record) for record in manifest["segments"]]
             except Damaged:
-                if _read_manifest(self.path)["generation"] == manifest["generation"]:
+                if read_manifest(self.path)["generation"] == manifest["generation"]:
                     raise
                 continue
             self._manifest, self._segments = manifest, segments
@@ -386,31 +382,31 @@ class FolderStore:
         folder = self.path / "segments" / record["name"]
         for name, (size, _) in record["files"].items():
             if not (folder / name).is_file():
-                raise _explain_damage(folder / name, "it is missing")
+                raise explain_damage(folder / name, "it is missing")
             if (folder / name).stat().st_size != size:
-                raise _explain_damage(folder / name, f"{(folder / name).stat().st_size:,} bytes instead of {size:,}")
+                raise explain_damage(folder / name, f"{(folder / name).stat().st_size:,} bytes instead of {size:,}")
         live = None
         if record["deleted"]:
             name, digest = record["deleted"]
             try:
                 content = (folder / name).read_bytes()
             except FileNotFoundError:
-                raise _explain_damage(folder / name, "it is missing") from None
+                raise explain_damage(folder / name, "it is missing") from None
             if hashlib.sha256(content).hexdigest() != digest:
-                raise _explain_damage(folder / name, "its content changed")
+                raise explain_damage(folder / name, "its content changed")
             live = np.unpackbits(np.frombuffer(content, np.uint8), count=record["rows"]).astype(bool)
         try:
             return Segment(folder, record["name"], self.lexical, live)
         except (OSError, ValueError) as error:
-            raise _explain_damage(folder, str(error)) from None
+            raise explain_damage(folder, str(error)) from None
 
     def verify(self) -> None:
         """Read every file once and compare it with what was written; raises Damaged naming the first that differs."""
         for record in self._manifest["segments"]:
             for name, (_, digest) in record["files"].items():
                 file = self.path / "segments" / record["name"] / name
-                if _hash_file(file) != digest:
-                    raise _explain_damage(file, "its content changed")
+                if hash_file(file) != digest:
+                    raise explain_damage(file, "its content changed")
 
     def _remove_leftovers(self) -> None:
         """Delete what no manifest names: left by a killed writer, or merged. Only with the lock held."""
@@ -444,52 +440,3 @@ def _rank(hits: list[tuple], k: int) -> Found:
     """(score, id, segment, row) -> the K best, by (score descending, id ascending)."""
     hits.sort(key=lambda hit: (-hit[0], hit[1]))
     return [(segment.read_entry(row), score) for score, _, segment, row in hits[:k]]
-
-
-def _take_lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise RuntimeError(f"another process is writing to {path.parent}: wait until it is done") from None
-    return descriptor
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    body = json.dumps(manifest, sort_keys=True)
-    whole = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}, sort_keys=True)
-    files.write_file(path / "manifest.json", whole.encode())
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    try:
-        whole = json.loads(file.read_bytes())
-        manifest = whole["manifest"]
-        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    except FileNotFoundError:
-        raise _explain_damage(file, "it is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _explain_damage(file, str(error)) from None
-    if digest != whole.get("sha256"):
-        raise _explain_damage(file, "its content changed")
-    return manifest
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_all(file)
-
-
-def _hash_all(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _explain_damage(file: Path, what: str) -> Damaged:
-    return Damaged(
-        f"the index is damaged: {file}: {what}. Restore it from a copy, or delete the index and build it again"
-    )
