@@ -38,30 +38,24 @@ def run_plain_server(model: str, port: int) -> None:
     """The same model behind FastAPI the plain way."""
     import uvicorn
     from fastapi import FastAPI
-    from pydantic import BaseModel
 
     from koret.retrieval.encoder import load_encoder
 
     loaded = load_encoder(model).model
 
-    class Asked(BaseModel):
-        input: str | list[str]
-        model: str
-        encoding_format: str = "float"
-
     app = FastAPI()
 
     @app.post("/v1/embeddings")
-    def embed(asked: Asked) -> dict:
-        texts = [asked.input] if isinstance(asked.input, str) else asked.input
+    def embed(asked: dict) -> dict:
+        texts = [asked["input"]] if isinstance(asked["input"], str) else asked["input"]
         vectors = loaded.encode([f"passage: {text}" for text in texts], show_progress_bar=False)
-        if asked.encoding_format == "base64":
+        if asked.get("encoding_format") == "base64":
             rows = [base64.b64encode(row.tobytes()).decode() for row in vectors]
         else:
             rows = vectors.tolist()
         data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
         usage = {"prompt_tokens": 0, "total_tokens": 0}
-        return {"object": "list", "data": data, "model": asked.model, "usage": usage}
+        return {"object": "list", "data": data, "model": asked["model"], "usage": usage}
 
     @app.get("/health")
     def show_health() -> dict:
