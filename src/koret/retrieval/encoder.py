@@ -256,6 +256,7 @@ def load_encoder(
     elif model.max_seq_length is None or (window and model.max_seq_length > window):
         model.max_seq_length = window or 512
     prompts = model.prompts or {}
+    model.requires_grad_(False)  # adapters bring their own; frozen weights are prepared for the products once
     return TextEncoder(
         model,
         name=name,

@@ -66,6 +66,7 @@ class Layout:
 def plan_layout(lengths: Sequence[int], block: int = BLOCK, short: int = SHORT) -> Layout:
     """Pack short texts into blocks first-fit by falling length; group longer ones by exact length."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    block = min(block, sum(length for length in lengths if length <= short))  # few texts: one block without room
     starts = [0] * len(lengths)
     room: list[int] = []
     owners: list[tuple[int, int]] = []  # (block, text)
@@ -132,7 +133,7 @@ class PackedEncoder:
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
-        self._frozen: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor]] = {}
+        self._frozen: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
     def forward(self, ids: Sequence[np.ndarray]) -> Tensor:
         """Token ids of N texts -> (N, C) pooled vectors, float32 at least, not normalised, in the given order."""
@@ -199,7 +200,8 @@ class PackedEncoder:
         key, version = tuple(map(id, parameters)), tuple(p._version for p in parameters)
         if self._frozen.get(key, (None,))[0] != version:
             copies = [p.detach().to(self.dtype) for p in parameters]
-            self._frozen[key] = version, copies[0] if len(copies) == 1 else torch.cat(copies)
+            stacked = copies[0] if len(copies) == 1 else torch.cat(copies)
+            self._frozen[key] = version, stacked, parameters  # kept alive, so that no other takes their ids
         return self._frozen[key][1]
 
     def _pool(self, x: Tensor, layout: Layout, owner: Tensor, device: torch.device) -> Tensor:
