@@ -43,6 +43,7 @@ def built(tmp_path_factory) -> Path:
     return folder / "i"
 
 
+@pytest.mark.slow
 def test_the_sample_is_indexed_and_searched_by_the_installed_command(tmp_path):
     command = [sys.executable, "-m", "koret.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,7 +92,7 @@ def test_change_add_remove_and_delete(tmp_path, capsys):
     assert sorted(read_ids(out)) == sorted([f"{i:03d}.md#1" for i in range(10) if i not in (1, 2)] + ["new.txt#1"])
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.4])
+@pytest.mark.parametrize("delay", [0.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_kill_and_the_same_command_again_ends_as_if_never_killed(tmp_path, delay):
     docs, out = write_folder(tmp_path / "docs", 60), tmp_path / "i"
     code = "import koret.retrieval.index as i; i.gather_segments.__defaults__ = (4,); from koret import cli; cli.main()"

@@ -50,6 +50,7 @@ def test_onnx_runtime_alone_gives_the_vectors(run, tmp_path):
     assert "Export: onnx" in (done.folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_int8_files_are_smaller_and_near_the_original(run, tmp_path):
     free = {"limit_ndcg": 2.0, "limit_cosine": 0.5}  # random weights: what is tested is the files
     small = export(run, "openvino", tmp_path / "openvino8", int8=True, dims=16, **free)

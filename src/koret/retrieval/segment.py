@@ -20,13 +20,14 @@ import pyarrow as pa
 import torch
 
 from koret.data.tables import make_array
-from koret.retrieval.exact import TopK
+from koret.retrieval.exact import TopK, multiply
 from koret.retrieval.postings import Postings, hash_text
 from koret.retrieval.store import Condition, Entry
 
 DTYPES = ("float32", "float16", "int8")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
 CHUNK = 16384  # rows multiplied together
+WIDENED = 4096  # rows widened and multiplied together: they stay in the cache between the two
 _SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 _LONGEST = 1.01  # no stored vector is longer: unit vectors, rounded
 
@@ -70,7 +71,7 @@ class Segment:
         self.folder, self.name, self.live = folder, name, live
         table = pa.ipc.open_file(pa.memory_map(str(folder / "passages.arrow"))).read_all()
         self.columns = {c: table.column(c).chunk(0) for c in COLUMNS}
-        self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        self.vectors = np.load(folder / "vectors.npy", mmap_mode="c")
         self.rows = len(self.vectors)
         self.codes = np.load(folder / "codes.npy", mmap_mode="r") if (folder / "codes.npy").exists() else None
         if self.codes is not None:
@@ -140,21 +141,24 @@ class Segment:
         if keep_wide and self._wide is None and self.vectors.dtype != np.float32:
             self._wide = _widen(self.vectors)
         vectors = self.vectors if self._wide is None else self._wide
-        for start in range(0, self.rows, CHUNK):
-            stop = min(start + CHUNK, self.rows)
+        widened = torch.empty(WIDENED, self.vectors.shape[1]) if vectors.dtype == np.float16 else None
+        step = CHUNK if widened is None or self.codes is not None else WIDENED
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
             rows = np.arange(start, stop) if allowed is None else start + np.flatnonzero(allowed[start:stop])
             if not len(rows):
                 continue
             chosen: slice | np.ndarray = slice(start, stop) if len(rows) == stop - start else rows
             if self.codes is None or self._wide is not None:
-                best.add(_widen(vectors[chosen]), rows, _LONGEST)
+                best.add(_widen(vectors[chosen], widened), rows, _LONGEST)
             else:
-                rough = best.queries @ self.codes[chosen].astype(np.float32).T * self.scale[chosen]
+                rough = multiply(best.queries, self.codes[chosen].astype(np.float32)) * self.scale[chosen]
                 best.add_scored(rough, rows, _LONGEST, self.error, lambda i, rows=rows: self.vectors[rows[i]])
 
 
-def _widen(vectors: np.ndarray) -> np.ndarray:
+def _widen(vectors: np.ndarray, into: torch.Tensor | None = None) -> np.ndarray:
     """float32 of vectors read from the disk; torch converts float16 several times as fast as NumPy."""
-    if vectors.dtype == np.float16:
-        return torch.from_numpy(np.array(vectors)).float().numpy()
-    return np.ascontiguousarray(vectors, np.float32)
+    if vectors.dtype != np.float16:
+        return np.ascontiguousarray(vectors, np.float32)
+    half = torch.from_numpy(np.array(vectors))
+    return (half.float() if into is None else into[: len(half)].copy_(half)).numpy()
