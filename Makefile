@@ -28,7 +28,7 @@ train: $(STAMP) ## fine-tune the offline base on the embedded sample and print t
 	$(BIN)/koret train --config recipes/sample.yaml
 
 test: $(STAMP) ## run the default test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP) ## run the tests that take minutes, the browser's among them
 	$(BIN)/python -m pytest -m "slow or browser" --timeout 3600

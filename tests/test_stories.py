@@ -87,6 +87,7 @@ def test_the_saved_model_is_plain_and_differs_from_its_base(run):
     assert not np.allclose(plain, load_encoder("offline", max_seq_length=64).encode(texts, "query"), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_numbers_of_the_run(run, tmp_path, capsys):
     asked = ["--dataset-root", "sample", "--max-queries", 30, "--baseline", "offline", "--num-workers", 0]
     written = ["--json", tmp_path / "report.json", "--trec", tmp_path / "trec", "--out", tmp_path / "out"]

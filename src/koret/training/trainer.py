@@ -200,6 +200,8 @@ class EmbeddingTrainer:
             setup_lora_model(
                 self.encoder, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules
             )
+        else:
+            self.encoder.backbone.requires_grad_(True)  # loaded frozen
         self.parameters = {n: p for n, p in self.encoder.backbone.named_parameters() if p.requires_grad}
         self.modules = group_by_module(self.parameters)
         self.optimizer = GuardedOptimizer(
