@@ -89,11 +89,22 @@ class TrainingConfig:
     seed: int = _knob(42, "fixes split, order, adapters and dropout", "training", least=0, most=2**31 - 1)
     # adapters
     use_lora: bool = _knob(True, "train low-rank adapters; false trains every weight", "lora")
+    lora_variant: Literal["lora", "rslora", "dora"] = _knob(
+        "lora", "lora; rslora scales by lora_alpha / sqrt(lora_r); dora also trains the length of every row", "lora"
+    )
     lora_r: int = _knob(8, "rank of the adapters", "lora", least=1)
     lora_alpha: float = _knob(16, "adapter output is scaled by lora_alpha / lora_r", "lora", above=0.0)
     lora_dropout: float = _knob(0.1, "dropout on the adapters' input", "lora", least=0.0, below=1.0)
     lora_target_modules: tuple[str, ...] = _knob(
-        ("query", "key", "value"), "linear layers that get an adapter, by the end of their name", "lora"
+        ("query", "key", "value"),
+        "linear layers that get an adapter, by the end of their name; all-linear for every one",
+        "lora",
+    )
+    train_embeddings: bool | None = _knob(
+        None, "train the embedding table; none: in full fine-tuning yes, beside adapters no", "lora"
+    )
+    quantize_base: Literal["none", "nf4"] = _knob(
+        "none", "keep the frozen base in 4 bits under its adapters (QLoRA; needs koret[qlora])", "lora"
     )
     # watching and saving
     log_dir: str = _knob("./logs/tensorboard", "runs are created in here", "logging")
@@ -133,6 +144,10 @@ class TrainingConfig:
                 problems.append(f"{name}: must not be empty")
         if self.use_lora and not self.lora_target_modules:
             problems.append("lora_target_modules: name at least one layer, or set use_lora to false")
+        if not self.use_lora and self.quantize_base != "none":
+            problems.append(
+                "quantize_base: weights in 4 bits cannot train; set use_lora to true, or quantize_base to none"
+            )
         return problems
 
     @classmethod

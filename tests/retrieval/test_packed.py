@@ -95,13 +95,16 @@ def test_bf16_stays_close_to_float64():
 
 
 @pytest.mark.parametrize("targets", [["query", "key", "value"], ["query", "value"], ["query", "dense"]])
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapter_gradients_equal_those_of_the_peft_forward(targets, checkpointing):
-    module = get_peft_model(build("bert"), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
-    module.double()
+def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, checkpointing):
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, **variant)
+    module = get_peft_model(build("bert"), config).double()
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif "magnitude" in name:
+            parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
     ids = draw_ids(ODD_LENGTHS)
     weights = torch.randn(len(ids), 32, dtype=torch.float64)

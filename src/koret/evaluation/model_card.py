@@ -14,7 +14,8 @@ from koret.evaluation.significance import Interval
 _RECIPE = (
     "positives", "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate",
     "warmup_steps", "scale", "mask_false_negatives", "max_seq_length", "passage_tokens", "precision", "use_lora",
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "train_split", "seed",
+    "lora_variant", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "train_embeddings",
+    "quantize_base", "train_split", "seed",
 )  # fmt: skip
 _LICENCES = (
     ("korquad", "KorQuAD is CC BY-ND 2.0 KR (LG CNS) and its pages come from Korean Wikipedia (CC BY-SA); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -221,22 +222,26 @@ def load_encoder(
     query_prefix: str | None = None,
     passage_prefix: str | None = None,
     gradient_checkpointing: bool = False,
+    quantize: str = "none",
 ) -> TextEncoder:
     """Load a model by run (directory, name or 'latest'), local directory, hub name, or 'offline' (retrieval.offline).
 
     Prefixes not given come from the model's own prompts, else they are "query: " and "passage: ". ``precision``
-    'auto' picks what is faster on the device. Raises ValueError in words where the model cannot be had.
+    'auto' picks what is faster on the device. ``quantize`` 'nf4' keeps the linear layers in 4 bits, for adapters to be
+    trained over. Raises ValueError in words where the model cannot be had, RuntimeError where 4 bits cannot.
     """
     from sentence_transformers import SentenceTransformer
 
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _find_source(name)
+    precision = choose_precision(device) if precision == "auto" else precision
+    four_bits = {} if quantize == "none" else {"quantization_config": _configure_four_bits(DTYPES[precision])}
     try:
         model = SentenceTransformer(
             source,
             device=device,
-            model_kwargs={"dtype": torch.float32},
+            model_kwargs={"dtype": torch.float32, **four_bits},
             local_files_only=not Path(source).is_dir() and not _reaches_hub(),
         )
     except Exception as error:  # the libraries raise a dozen kinds for "not there"
@@ -256,16 +261,32 @@ def load_encoder(
     elif model.max_seq_length is None or (window and model.max_seq_length > window):
         model.max_seq_length = window or 512
     prompts = model.prompts or {}
+    for module in model.modules() if four_bits else ():
+        module.support_avx512bf16_for_cpu = False  # else bitsandbytes stores weights in an order only it can read
     model.requires_grad_(False)  # adapters bring their own; frozen weights are prepared for the products once
     return TextEncoder(
         model,
         name=name,
-        precision=choose_precision(device) if precision == "auto" else precision,
+        precision=precision,
         query_prefix=query_prefix if query_prefix is not None else prompts.get("query") or "query: ",
         passage_prefix=passage_prefix
         if passage_prefix is not None
         else prompts.get("passage") or prompts.get("document") or "passage: ",
         gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def _configure_four_bits(dtype: torch.dtype) -> Any:
+    """NF4 with quantised constants, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RuntimeError("quantize_base nf4 needs bitsandbytes: pip install 'koret[qlora]', or leave the setting out")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -1,7 +1,8 @@
 """A padding-free forward for BERT-family encoders: flat tokens, block-diagonal attention, pooling on flat tokens.
 
 It reads the weights of an ordinary Hugging Face BERT, RoBERTa or XLM-RoBERTa module, adapters of PEFT included, and
-computes what that module computes, without spending anything on padding. Shapes below: N texts, T tokens in all,
+computes what that module computes, without spending anything on padding; linear layers may be kept in 4 bits by
+bitsandbytes. Shapes below: N texts, T tokens in all,
 C width, H heads, D = C / H.
 
     texts  [a a a] [b b b b b] [c c]        padded: 3 x 5 positions, 5 of them wasted
@@ -178,20 +179,34 @@ class PackedEncoder:
         """x (T, C) through one or several linear layers side by side as one product: (T, sum of widths).
 
         LoRA (Hu et al. 2021, arXiv 2106.09685): W x + scaling * B A dropout(x), the A of all layers stacked, the B
-        block-diagonal, so that any number of adapted layers costs two more products.
+        block-diagonal, so that any number of adapted layers costs two more products. DoRA (Liu et al. 2024, arXiv
+        2402.09353) multiplies that by m / |W + scaling * B A|, row by row, before the bias is added; its dropout is
+        on A's input alone, where PEFT drops the input of W too.
         """
         bases = [getattr(m, "base_layer", m) for m in modules]
-        weight = self._read([b.weight for b in bases])
         bias = self._read([b.bias for b in bases]) if bases[0].bias is not None else None
-        y = F.linear(x, weight, bias)
         adapters = [_find_adapter(m) for m in modules]
         active = [a for a in adapters if a is not None]
-        if not active:
+        factors = [None if a is None else a.find_factors(b) for a, b in zip(adapters, bases, strict=True)]
+        scaled = any(factor is not None for factor in factors)
+        y = self._multiply(x, [b.weight for b in bases], None if scaled else bias)
+        if active:
+            down = torch.cat([a.down for a in active]).to(self.dtype)  # (sum of ranks, C)
+            up = _stack_diagonal(adapters, [b.out_features for b in bases]).to(self.dtype)  # (widths, ranks), summed
+            dropped = drop_fast(x, active[0].dropout) if active[0].training else x
+            y = torch.addmm(y, F.linear(dropped, down), up.t())
+        if not scaled:
             return y
-        down = torch.cat([a.down for a in active]).to(self.dtype)  # (sum of ranks, C)
-        up = _stack_diagonal(adapters, [b.out_features for b in bases]).to(self.dtype)  # (sum of widths, sum of ranks)
-        dropped = drop_fast(x, active[0].dropout) if active[0].training else x
-        return torch.addmm(y, F.linear(dropped, down), up.t())
+        like = next(factor for factor in factors if factor is not None)
+        rows = [like.new_ones(b.out_features) if f is None else f for b, f in zip(bases, factors, strict=True)]
+        y = y * torch.cat(rows).to(self.dtype)
+        return y if bias is None else y + bias
+
+    def _multiply(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+        if not any(map(is_four_bit, weights)):
+            return F.linear(x, self._read(weights), bias)
+        y = torch.cat([FourBitLinear.apply(x, weight) for weight in weights], dim=1)
+        return y if bias is None else y + bias
 
     def _read(self, parameters: list[Tensor]) -> Tensor:
         """The parameters stacked in the compute type: cached while frozen, live while trained."""
@@ -210,6 +225,34 @@ class PackedEncoder:
         x = _widen(x)
         sums = x.new_zeros(len(layout.lengths) + 1, x.shape[1]).index_add(0, owner, x)
         return sums[:-1] / torch.tensor(layout.lengths, dtype=x.dtype, device=device)[:, None]
+
+
+def is_four_bit(weight: Tensor) -> bool:
+    """Whether bitsandbytes keeps this weight in 4 bits (Dettmers et al. 2023, arXiv 2305.14314)."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+def dequantize(weight: Tensor) -> Tensor:
+    """The (out, in) values a weight's 4 bits stand for; any other weight as it is."""
+    if not is_four_bit(weight):
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+class FourBitLinear(torch.autograd.Function):
+    """W x of a frozen W in 4 bits; the backward pass reads W from its 4 bits again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        """x (T, C) -> (T, width)."""
+        ctx.weight = weight
+        return F.linear(x, dequantize(weight).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ dequantize(ctx.weight).to(gradient.dtype), None
 
 
 class BlockAttention(torch.autograd.Function):
@@ -290,6 +333,15 @@ class _Adapter:
     up: Tensor  # (out, rank), scaling included
     dropout: float
     training: bool
+    magnitude: Tensor | None  # (out,) DoRA's trained lengths
+
+    def find_factors(self, base: nn.Module) -> Tensor | None:
+        """(out,) what DoRA multiplies each output by: the trained length over the one W + B A has, a constant."""
+        if self.magnitude is None:
+            return None
+        with torch.no_grad():
+            found = torch.linalg.vector_norm(dequantize(base.weight) + self.up @ self.down, dim=1)
+        return self.magnitude / found
 
 
 def _find_adapter(module: nn.Module) -> _Adapter | None:
@@ -303,11 +355,13 @@ def _find_adapter(module: nn.Module) -> _Adapter | None:
         raise ValueError("the padding-free forward supports one active adapter at a time")
     name = names[0]
     dropout = module.lora_dropout[name]
+    dora = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
     return _Adapter(
         down=module.lora_A[name].weight,
         up=module.lora_B[name].weight * module.scaling[name],
         dropout=getattr(dropout, "p", 0.0),
         training=dropout.training and getattr(dropout, "p", 0.0) > 0,
+        magnitude=dora,
     )
 
 

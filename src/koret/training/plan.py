@@ -14,6 +14,7 @@ from koret.retrieval.encoder import TextEncoder
 from koret.training.batches import Batch, cut_micro_batches
 from koret.training.lora import get_lora_info
 from koret.training.preparation import Job
+from koret.training.trained import count_trained
 
 TIMED_BATCHES = 3
 
@@ -23,7 +24,8 @@ def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup
     task, total = job.evaluators[0].task, job.schedule.total
     lines = [
         f"model {config.model_name}: {encoder.path}, {encoder.precision} on {encoder.device.type}",
-        str(get_lora_info(encoder)) if config.use_lora else "every weight trains",
+        *([str(get_lora_info(encoder))] if config.use_lora else []),
+        str(count_trained(encoder)),
         f"data: {len(job.pairs):,} pairs from {len(job.train):,} articles; {len(task.queries):,} questions of "
         f"{len(job.held_out):,} other articles are scored over {len(task.corpus):,} passages",
         f"plan: {total:,} steps; a query sees at most {config.batch_size - 1} negatives, the other targets of its batch"

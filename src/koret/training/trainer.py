@@ -34,6 +34,7 @@ from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
 from koret.training.scorebook import conclude
 from koret.training.signals import Interrupted, StopSignals
+from koret.training.trained import setup_full_model
 
 
 class EmbeddingTrainer:
@@ -189,6 +190,7 @@ class EmbeddingTrainer:
             query_prefix=config.query_prefix,
             passage_prefix=config.passage_prefix,
             gradient_checkpointing=config.gradient_checkpointing,
+            quantize=config.quantize_base,
         )
         if self.encoder.precision == "fp16" and self.encoder.device.type != "cuda":
             raise ValueError("precision: fp16 trains on CUDA only; use bf16, fp32 or auto here")
@@ -198,10 +200,16 @@ class EmbeddingTrainer:
         seed_everything(config.seed)
         if config.use_lora:
             setup_lora_model(
-                self.encoder, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+                self.encoder,
+                config.lora_r,
+                config.lora_alpha,
+                config.lora_dropout,
+                config.lora_target_modules,
+                config.lora_variant,
+                bool(config.train_embeddings),
             )
         else:
-            self.encoder.backbone.requires_grad_(True)  # loaded frozen
+            setup_full_model(self.encoder, config.train_embeddings is not False)
         self.parameters = {n: p for n, p in self.encoder.backbone.named_parameters() if p.requires_grad}
         self.modules = group_by_module(self.parameters)
         self.optimizer = GuardedOptimizer(
