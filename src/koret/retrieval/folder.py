@@ -439,4 +439,9 @@ def _check_k(k: int) -> int:
 def _rank(hits: list[tuple], k: int) -> Found:
     """(score, id, segment, row) -> the K best, by (score descending, id ascending)."""
     hits.sort(key=lambda hit: (-hit[0], hit[1]))
-    return [(segment.read_entry(row), score) for score, _, segment, row in hits[:k]]
+    best = hits[:k]
+    rows: dict[Segment, list[int]] = {}
+    for _, _, segment, row in best:
+        rows.setdefault(segment, []).append(row)
+    entries = {segment: iter(segment.read_entries(np.array(own))) for segment, own in rows.items()}
+    return [(next(entries[segment]), score) for score, _, segment, _ in best]

@@ -61,13 +61,21 @@ class BuildReport(msgspec.Struct):
 class Index:
     """Passages that can be searched. Searching is safe from several threads."""
 
-    def __init__(self, store: Store, location: str, model: str | Path | TextEncoder | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        location: str,
+        model: str | Path | TextEncoder | None = None,
+        *,
+        fingerprint: str | None = None,
+    ) -> None:
+        """``fingerprint`` of an encoder given as ``model``, where it is known: to take it means to read every weight."""
         self.store, self.location, self._model = store, location, model
         self.info = msgspec.convert(store.info, IndexInfo)
         self.report = BuildReport()
         self._encoder: TextEncoder | None = None
         if isinstance(model, TextEncoder):
-            self._encoder = self._check_encoder(model)
+            self._encoder = self._check_encoder(model, fingerprint)
 
     @property
     def encoder(self) -> TextEncoder:
@@ -171,8 +179,8 @@ class Index:
     def close(self) -> None:
         self.store.close()
 
-    def _check_encoder(self, encoder: TextEncoder) -> TextEncoder:
-        if encoder.fingerprint() != self.info.fingerprint:
+    def _check_encoder(self, encoder: TextEncoder, fingerprint: str | None = None) -> TextEncoder:
+        if (fingerprint or encoder.fingerprint()) != self.info.fingerprint:
             raise ValueError(
                 f"{self.location} was made with another model ({self.info.encoder}) than {encoder.name}: "
                 "search it with that one, or build an index of this one"

@@ -88,12 +88,15 @@ class Segment:
         return self.rows if self.live is None else int(self.live.sum())
 
     def read_entry(self, row: int) -> Entry:
-        values = [self.columns[name][row].as_py() for name in COLUMNS]
-        return Entry(*values[:-1], json.loads(values[-1]))
+        return self.read_entries(np.array([row]))[0]
 
     def read_entries(self, rows: np.ndarray) -> list[Entry]:
-        taken = [self.columns[name].take(pa.array(rows)).to_pylist() for name in COLUMNS]
-        return [Entry(*values[:-1], json.loads(values[-1])) for values in zip(*taken, strict=True)]
+        places = pa.array(rows, pa.int64())
+        taken = [self.columns[name].take(places).to_pylist() for name in COLUMNS]
+        return [
+            Entry(*values[:-1], {} if values[-1] == "{}" else json.loads(values[-1]))
+            for values in zip(*taken, strict=True)
+        ]
 
     def read_id(self, row: int) -> str:
         return self.columns["id"][row].as_py()

@@ -115,7 +115,7 @@ def keep_index(
             tokenizer="",
         )
         FolderStore.create(folder, msgspec.to_builtins(info), info.dimensions).close()
-    index = Index(FolderStore.open(folder), str(folder), encoder)
+    index = Index(FolderStore.open(folder), str(folder), encoder, fingerprint=own)
     versions = index.store.find_versions([entry.document for entry in entries])
     missing = [entry for entry, version in zip(entries, versions, strict=True) if version != entry.version]
     if missing:
