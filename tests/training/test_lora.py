@@ -215,6 +215,7 @@ def test_a_base_in_four_bits(tmp_path, variant):
     info = get_lora_info(four)
     assert info.quantized and info.weights.base == sum(p.numel() for p in exact.backbone.parameters())
     ids = four.tokenize(TEXTS, "passage")
+    four.model.eval()
     fresh = np.abs(exact.encode(TEXTS, "passage") - four.encode(TEXTS, "passage")).max()
     assert fresh > 1e-3  # four bits and adapters do change something
     merged = merge_lora(four)
