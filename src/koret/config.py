@@ -59,6 +59,12 @@ class TrainingConfig:
     cache_dir: str | None = _knob(None, "where prepared data is kept; none: $KORET_CACHE or ~/.cache/koret", "data")
     # optimisation
     batch_size: int = _knob(16, "questions per step, each with up to batch_size - 1 negatives", "training", least=2)
+    batching: Literal["shuffle", "article"] = _knob(
+        "shuffle",
+        "shuffle: any questions share a batch; article: several of a passage and of an article do, which makes "
+        "negatives harder and encodes fewer passages",
+        "training",
+    )
     num_epochs: int = _knob(3, "passes over the training questions", "training", least=1)
     max_steps: int | None = _knob(
         None, "stop after this many optimizer steps, whatever num_epochs says", "training", least=1

@@ -1,78 +1,18 @@
-"""Every pair once an epoch, in an order that only seed and epoch decide; every distinct text once a batch."""
+"""Tokens made once and kept; every distinct text once a batch, and everybody finds theirs."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from koret.data.pairs import Csr, build_pairs
+from koret.data.pairs import build_pairs
 from koret.retrieval.encoder import load_encoder
-from koret.training.batches import BatchMaker, Schedule, TokenTable, tokenize_texts
+from koret.training.batches import BatchMaker, TokenTable, tokenize_texts
 
 
 @pytest.fixture(scope="module")
 def pairs(toy_data):
     return build_pairs(toy_data, np.arange(8))
-
-
-def all_steps(schedule, after=0):
-    return [(s.number, s.epoch, s.ends_epoch, [b.tolist() for b in s.batches]) for s in schedule.steps_after(after)]
-
-
-def test_every_pair_is_used_once_an_epoch(pairs):
-    schedule = Schedule(pairs, batch_size=7, epochs=3, seed=5)
-    steps = list(schedule.steps_after(0))
-    for epoch in range(3):
-        rows = np.concatenate([b for s in steps if s.epoch == epoch for b in s.batches])
-        assert sorted(rows) == list(range(len(pairs)))
-    assert [s.number for s in steps] == list(range(1, schedule.total + 1))
-    assert sum(s.ends_epoch for s in steps) == 3
-    assert all_steps(schedule) == all_steps(Schedule(pairs, batch_size=7, epochs=3, seed=5))
-    assert all_steps(schedule) != all_steps(Schedule(pairs, batch_size=7, epochs=3, seed=6))
-    orders = [np.concatenate([b for s in steps if s.epoch == e for b in s.batches]).tolist() for e in range(3)]
-    assert orders[0] != orders[1] != orders[2]
-
-
-def test_going_on_after_any_step_gives_the_rest(pairs):
-    schedule = Schedule(pairs, batch_size=8, epochs=2, seed=1, accumulate=3, max_steps=7)
-    steps = all_steps(schedule)
-    assert len(steps) == schedule.total == 7
-    for done in range(8):
-        assert all_steps(schedule, done) == steps[done:]
-
-
-def test_accumulated_batches_make_one_step(pairs):
-    plain, summed = (Schedule(pairs, batch_size=10, epochs=1, seed=1, accumulate=n) for n in (1, 4))
-    batches = [b.tolist() for s in plain.steps_after(0) for b in s.batches]
-    assert [b.tolist() for s in summed.steps_after(0) for b in s.batches] == batches
-    assert summed.total == -(-len(batches) // 4)
-
-
-def with_targets(pairs, targets):
-    return dataclasses.replace(pairs, targets=np.asarray(targets))
-
-
-def test_a_last_batch_with_one_target_is_dropped_and_counted_a_usable_one_kept(pairs):
-    many = len(pairs)  # 96: batches of 5 leave a last one of a single pair
-    schedule = Schedule(pairs, batch_size=5, epochs=2, seed=0)
-    assert many % 5 == 1 and schedule.dropped == 2
-    assert schedule.total == 2 * (many // 5)
-    schedule = Schedule(pairs, batch_size=20, epochs=1, seed=0)  # a last one of 16
-    assert schedule.dropped == 0 and len(list(schedule.steps_after(0))[-1].batches[0]) == 16
-
-
-def test_batches_whose_positives_are_all_the_same_are_dropped(pairs):
-    same = with_targets(pairs, np.zeros(len(pairs), dtype=np.int64))
-    schedule = Schedule(same, batch_size=8, epochs=1, seed=0)
-    assert schedule.total == 0 and schedule.dropped == len(pairs)
-    curated = [[3]] + [[] for _ in range(len(pairs) - 1)]
-    schedule = Schedule(dataclasses.replace(same, negatives=Csr.from_lists(curated)), batch_size=8, epochs=1, seed=0)
-    assert schedule.total == 1  # a curated negative is a negative
-
-
-def test_epochs_done(pairs):
-    schedule = Schedule(pairs, batch_size=8, epochs=2, seed=0)  # 12 steps an epoch
-    assert [schedule.epochs_done(n) for n in (0, 6, 12, 18, 24)] == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
 def fake_tokens(count, start):

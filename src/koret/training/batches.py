@@ -1,4 +1,4 @@
-"""Pairs to batches: tokens made once, a deterministic order, every distinct text encoded once.
+"""Pairs to batches: tokens made once, every distinct text encoded once.
 
 Letters: B pairs of a batch, M distinct targets in it (their positives and curated negatives), U distinct texts.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,83 +84,6 @@ def _read_table(path: Path, count: int) -> TokenTable | None:
         return None
     fits = len(table) == count and table.offsets[0] == 0 and table.offsets[-1] == len(table.ids)
     return table if fits and (table.lengths >= 0).all() else None
-
-
-# ---------------------------------------------------------------- order
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step trains on."""
-
-    number: int  # from 1
-    epoch: int  # from 0
-    batches: list[np.ndarray]  # rows of the pair table, one array a batch
-    ends_epoch: bool
-
-
-class Schedule:
-    """The order of training: a shuffle per epoch that depends on seed and epoch alone.
-
-    Every pair is used once an epoch. A batch in which all pairs share one target has no negatives: it is left out
-    and its pairs are counted in ``dropped``; usually that is a last batch of one.
-    """
-
-    def __init__(
-        self,
-        table: PairTable,
-        *,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        accumulate: int = 1,
-        max_steps: int | None = None,
-    ) -> None:
-        self.table, self.batch_size, self.seed, self.accumulate = table, batch_size, seed, accumulate
-        self.dropped = 0  # pairs, over all epochs
-        self.steps_of_epoch: list[int] = []
-        for epoch in range(epochs):
-            batches, dropped = self._cut_epoch(epoch)
-            self.steps_of_epoch.append(-(-len(batches) // accumulate))
-            self.dropped += dropped
-            if max_steps is not None and sum(self.steps_of_epoch) >= max_steps:
-                break
-        self.total = min(sum(self.steps_of_epoch), max_steps or sum(self.steps_of_epoch))
-
-    def steps_after(self, done: int) -> Iterator[Step]:
-        """Steps ``done + 1`` to ``total``."""
-        number = 0
-        for epoch, count in enumerate(self.steps_of_epoch):
-            if number + count <= done:
-                number += count
-                continue
-            batches, _ = self._cut_epoch(epoch)
-            for first in range(0, len(batches), self.accumulate):
-                number += 1
-                if number > self.total:
-                    return
-                if number > done:
-                    chosen = batches[first : first + self.accumulate]
-                    yield Step(number, epoch, chosen, ends_epoch=first + self.accumulate >= len(batches))
-
-    def epochs_done(self, step: int) -> float:
-        """How many epochs lie behind after ``step`` steps, as a fraction."""
-        for epoch, count in enumerate(self.steps_of_epoch):
-            if step <= count:
-                return epoch + step / count
-            step -= count
-        return float(len(self.steps_of_epoch))
-
-    def _cut_epoch(self, epoch: int) -> tuple[list[np.ndarray], int]:
-        """The usable batches of an epoch, and how many pairs are in none."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.table))
-        cuts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        batches = [rows for rows in cuts if self._has_negatives(rows)]
-        return batches, len(order) - sum(map(len, batches))
-
-    def _has_negatives(self, rows: np.ndarray) -> bool:
-        targets = self.table.targets[rows]
-        return bool((targets != targets[0]).any()) or bool(self.table.negatives.take(rows)[1].size)
 
 
 # ---------------------------------------------------------------- batches

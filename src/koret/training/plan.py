@@ -21,7 +21,7 @@ TIMED_BATCHES = 3
 
 def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup: int) -> list[str]:
     """Model, adapters, data, steps and negatives, a line each."""
-    task, total = job.evaluators[0].task, job.schedule.total
+    task, total, batches = job.evaluators[0].task, job.schedule.total, job.report["batches"]
     lines = [
         f"model {config.model_name}: {encoder.path}, {encoder.precision} on {encoder.device.type}",
         *([str(get_lora_info(encoder))] if config.use_lora else []),
@@ -30,6 +30,8 @@ def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup
         f"{len(job.held_out):,} other articles are scored over {len(task.corpus):,} passages",
         f"plan: {total:,} steps; a query sees at most {config.batch_size - 1} negatives, the other targets of its batch"
         + (" and the curated negatives there" if job.report["hard_negatives"] else ""),
+        "batches ({}): on average {pairs:.1f} pairs of {articles:.1f} articles choose among {different_texts:.1f} "
+        "different texts; an epoch encodes {tokens_of_an_epoch:,} tokens".format(config.batching, **batches),
     ]
     if config.gradient_accumulation_steps > 1:
         lines.append(f"gradients of {config.gradient_accumulation_steps} batches are summed, which adds no negatives")

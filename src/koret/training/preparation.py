@@ -15,7 +15,8 @@ from koret.evaluation.evaluator import Evaluator
 from koret.evaluation.tasks import build_held_out_tasks
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
-from koret.training.batches import BatchMaker, Schedule, tokenize_texts
+from koret.training.batches import BatchMaker, TokenTable, tokenize_texts
+from koret.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
         seed=config.seed,
         accumulate=config.gradient_accumulation_steps,
         max_steps=config.max_steps,
+        batching=config.batching,
     )
     if schedule.total == 0:
         raise ValueError(
@@ -81,6 +83,7 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
         "pairs": len(pairs),
         "different_targets": len(np.unique(pairs.targets)),
         "steps": schedule.total,
+        "batches": measure_epoch(pairs, queries, targets, schedule.cut_epoch(0)[0]),
         "pairs_dropped_without_negatives": schedule.dropped,
         "questions_skipped": pairs.skipped,
         "hard_negatives": int(pairs.negatives.values.size),
@@ -93,6 +96,21 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
     maker = BatchMaker(pairs, queries, targets, config.mask_false_negatives)
     evaluators = [Evaluator(task) for task in tasks]
     return Job(dataset, train, held_out, pairs, schedule, maker, evaluators, scrub(report))
+
+
+def measure_epoch(
+    pairs: PairTable, queries: TokenTable, targets: TokenTable, batches: list[np.ndarray]
+) -> dict[str, Any]:
+    """What one epoch of ``batches`` is made of: means per batch, and the tokens that are encoded in all of it."""
+    question = np.unique(np.array(pairs.queries, dtype=object), return_inverse=True)[1]
+    asked, read, tokens, counts = queries.lengths, targets.lengths, 0, []
+    for rows in batches:
+        first = np.unique(question[rows], return_index=True)[1]
+        ids = np.unique(np.concatenate([pairs.targets[rows], pairs.negatives.take(rows)[1]]))
+        tokens += int(asked[rows[first]].sum() + read[ids].sum())
+        counts.append([len(rows), len(ids), len(np.unique(pairs.article[rows]))])
+    means = np.mean(counts, axis=0).round(2).tolist()
+    return dict(zip(("pairs", "different_texts", "articles"), means, strict=True)) | {"tokens_of_an_epoch": tokens}
 
 
 def load_data(config: TrainingConfig, encoder: TextEncoder, progress: bool) -> Dataset:

@@ -20,7 +20,6 @@ from koret.evaluation.tables import format_report
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.runs import Run, create_run, is_run, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
-from koret.training.batches import Step
 from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights
 from koret.training.gradients import collect_values, group_by_module, measure_norms
 from koret.training.logbook import Terminal
@@ -32,6 +31,7 @@ from koret.training.plan import TIMED_BATCHES, describe_cost, describe_plan
 from koret.training.preparation import Job, load_data, prepare_job, require_source
 from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
+from koret.training.schedule import Step
 from koret.training.scorebook import conclude
 from koret.training.signals import Interrupted, StopSignals
 from koret.training.trained import setup_full_model
