@@ -129,3 +129,8 @@ def test_tutorial_runs_in_less_than_a_quarter_of_an_hour(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert time.perf_counter() - began < 15 * 60
     assert page.read_text(encoding="utf-8").count("```python") == WALK.read_text(encoding="utf-8").count("# %%\n")
+
+
+def test_tables_say_what_was_measured():
+    done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

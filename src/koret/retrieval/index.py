@@ -69,7 +69,7 @@ class Index:
         *,
         fingerprint: str | None = None,
     ) -> None:
-        """``fingerprint`` of an encoder given as ``model``, where it is known: to take it means to read every weight."""
+        """``fingerprint``: of an encoder given as ``model``, where known; taking it means to read every weight."""
         self.store, self.location, self._model = store, location, model
         self.info = msgspec.convert(store.info, IndexInfo)
         self.report = BuildReport()
