@@ -155,6 +155,8 @@ class PairTable:
     negatives: Csr  # per pair: curated hard negatives, those of equal questions among them
     skipped: dict[str, int]  # questions left out, by reason
     dropped_negatives: int  # curated negatives that are known positives
+    positive_scores: np.ndarray | None = None  # (P,) float32, a teacher's score of (question, target); NaN: unknown
+    negative_scores: np.ndarray | None = None  # float32, the same of every entry of negatives.values
 
     def __len__(self) -> int:
         return len(self.queries)
