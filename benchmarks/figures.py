@@ -36,9 +36,36 @@ def draw_korquad1() -> Path:
     return save_figure(figure, PICTURES / "korquad1.svg")
 
 
+def draw_recipes() -> Path:
+    """A forest: each arm's difference of nDCG@10 to the arm it is compared with, with its interval, by group."""
+    arms = [arm for arm in json.loads((RESULTS / "recipes.json").read_text("utf-8"))["arms"] if arm["difference"]]
+    groups = list(dict.fromkeys(arm["group"] for arm in arms))
+    rows: list[dict | str] = [row for g in groups for row in (g, *(arm for arm in arms if arm["group"] == g))]
+    figure, (axes,) = make_figure(width=7.6, height=0.8 + 0.22 * len(rows))
+    colours = {"better": COLOURS["model"], "worse": COLOURS["lexical"], "not distinguishable": "#8a8f98"}
+    for place, row in enumerate(rows):
+        if isinstance(row, str):
+            continue
+        gap = row["difference"]
+        colour = colours[gap["outcome"]]
+        axes.plot([gap["low"], gap["high"]], [place, place], color=colour, linewidth=1.6)
+        axes.plot(gap["seeds"], [place] * len(gap["seeds"]), "|", color=colour, markersize=6)
+        axes.plot(gap["mean"], place, "o", color=colour, markersize=4.5)
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    labels = [row if isinstance(row, str) else f"{row['name']}  –  {row['against']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("difference of nDCG@10: mean, 95% interval, each seed", fontsize=8)
+    return save_figure(figure, PICTURES / "recipes.svg")
+
+
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     print(draw_korquad1())
+    if (RESULTS / "recipes.json").is_file():
+        print(draw_recipes())
 
 
 if __name__ == "__main__":
