@@ -165,7 +165,7 @@ def format_section(result: Mapping[str, Any]) -> str:
 def write_section(result: Mapping[str, Any], page: Path = ROOT / "docs" / "RESULTS.md") -> Path:
     """Put the section, and its place in the list of contents, into the page; a former one is replaced."""
     text = page.read_text(encoding="utf-8")
-    section = f"{BEGIN}\n{format_section(result)}\n{END}\n\n"
+    section = f"{BEGIN}\n\n{format_section(result)}\n{END}\n\n"
     if BEGIN in text:
         text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n+", lambda _: section, text, flags=re.DOTALL)
     else:

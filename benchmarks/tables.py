@@ -89,8 +89,15 @@ def web_load() -> str:
     return f"Started in {found['start_s']} s.\n\n" + format_rows(head, table)
 
 
+def recipes() -> str:
+    """The whole section, which benchmarks/recipes.py --report put there first."""
+    import recipe_report
+
+    return recipe_report.format_section(read("recipes"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (index_speed, encode_speed, serve_load, web_load)
+    function.__name__: function for function in (index_speed, encode_speed, serve_load, web_load, recipes)
 }
 
 

@@ -142,6 +142,7 @@ def finish(folder, seed, shift):
 def test_results_tables_section_and_picture_come_from_the_runs(tmp_path, monkeypatch):
     import figures
     import recipes
+    import tables
     from recipe_arms import Arm
     from recipe_report import format_tables, write_section
 
@@ -173,6 +174,8 @@ def test_results_tables_section_and_picture_come_from_the_runs(tmp_path, monkeyp
     assert "rate 0.001 (the loss is not finite)" in first and "unknown setting 'no_such_setting'" in first
     write_section(result, page)
     assert page.read_text() == first
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.fill(first) == first
 
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     monkeypatch.setattr(figures, "PICTURES", tmp_path)
