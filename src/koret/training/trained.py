@@ -52,8 +52,8 @@ class TrainedWeights:
             return f"{self.trained:,} of {self.total:,} weights train, with {state}; {table}"
         saved = (self.full_state_bytes - self.state_bytes) / MB
         return (
-            f"LoRA {'saves' if saved > 0 else 'costs'} {abs(saved):,.1f} MB: {state} instead of the {self.full_state_bytes / MB:,.1f} MB of full "
-            f"fine-tuning; activations cost about the same; {table}"
+            f"LoRA {'saves' if saved > 0 else 'costs'} {abs(saved):,.1f} MB: {state} instead of the "
+            f"{self.full_state_bytes / MB:,.1f} MB of full fine-tuning; activations cost about the same; {table}"
         )
 
 
