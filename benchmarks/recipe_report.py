@@ -76,10 +76,14 @@ def format_tables(result: Mapping[str, Any]) -> str:
     arms = result["arms"]
     tables = []
     for group in dict.fromkeys(arm["group"] for arm in arms):
-        rows = [_format_row(arm) for arm in arms if arm["group"] == group]
-        if group != arms[0]["group"] and not any(arm["runs"] for arm in arms if arm["group"] == group):
-            tables.append(_list_missing([arm for arm in arms if arm["group"] == group], group))
-            continue
+        own = [arm for arm in arms if arm["group"] == group]
+        rows = [_format_row(arm) for arm in own if _is_begun(arm)]
+        if missing := [arm for arm in own if not _is_begun(arm)]:
+            listed = "; ".join(f"{arm['name']}: {_explain_missing(arm)}" for arm in missing)
+            if not rows:
+                tables.append(f"**{group}**: not run: {listed}")
+                continue
+            rows.append(f"\nNot run: {listed}")
         head = "| arm | nDCG@10 | minus | difference | each seed | loss | pairs/s | CPU s | peak MB | trained weights |"
         tables.append("\n".join([f"**{group}**\n", head, "|---" * head.count(" | ") + "|---|", *rows]))
     return "\n\n".join(tables)
@@ -88,8 +92,6 @@ def format_tables(result: Mapping[str, Any]) -> str:
 def _format_row(arm: Mapping[str, Any]) -> str:
     finished = [run for run in arm["runs"] if run["state"] == "finished"]
     gap = arm["difference"]
-    if not finished:
-        return f"| {arm['name']} | {arm['state']}: {arm['reason'] or 'no run yet'} |" + " |" * 8
 
     def mean(name: str) -> float:
         return fmean(run[name] for run in finished)
@@ -114,8 +116,12 @@ def _say(outcome: str) -> str:
     return outcome if outcome == "not distinguishable" else f"**{outcome}**"
 
 
-def _list_missing(arms: Sequence[Mapping[str, Any]], group: str) -> str:
-    return f"**{group}**: " + "; ".join(f"{arm['name']}: {arm['reason'] or 'no run yet'}" for arm in arms)
+def _is_begun(arm: Mapping[str, Any]) -> bool:
+    return any(run["state"] == "finished" for run in arm["runs"])
+
+
+def _explain_missing(arm: Mapping[str, Any]) -> str:
+    return arm["reason"] or "no run yet"
 
 
 # ---------------------------------------------------------------- the section
@@ -136,11 +142,7 @@ def format_section(result: Mapping[str, Any]) -> str:
         outcome: [f"{arm['group']} {arm['name']}" for arm in compared if arm["difference"]["outcome"] == outcome]
         for outcome in ("better", "worse", "not distinguishable")
     }
-    missing = [
-        f"{arm['group']} {arm['name']} ({arm['reason'] or 'no run yet'})"
-        for arm in arms
-        if not any(run["state"] == "finished" for run in arm["runs"])
-    ]
+    missing = [f"{arm['group']} {arm['name']} ({_explain_missing(arm)})" for arm in arms if not _is_begun(arm)]
     lines = [
         f"## {TITLE}\n",
         f"`python benchmarks/recipes.py KorQuAD_v1.0_dev.json` — every arm changes one thing of a reference recipe "
