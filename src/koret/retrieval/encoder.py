@@ -333,7 +333,7 @@ def choose_precision(device: str) -> str:
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.startswith("cpu"):
-        return "bf16" if _time_product(torch.bfloat16) < 0.7 * _time_product(torch.float32) else "fp32"
+        return "bf16" if _compare_products(torch.bfloat16, torch.float32) < 0.7 else "fp32"
     return "fp32"
 
 
@@ -350,15 +350,20 @@ def cut_by_tokens(order: Sequence[int], ids: Sequence[np.ndarray], budget: int) 
     return batches
 
 
-def _time_product(dtype: torch.dtype) -> float:
-    """Seconds of a matrix product of a layer's shape, the best of five."""
-    a, b = torch.randn(512, 384, dtype=dtype), torch.randn(384, 1536, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return best
+def _compare_products(a: torch.dtype, b: torch.dtype, rounds: int = 40) -> float:
+    """How long a layer's product takes in ``a``, as a share of the time in ``b``: the fastest of each, taken in turns.
+
+    Turns over a fifth of a second: what else runs on the machine then slows both alike, or neither's fastest.
+    """
+    best = {a: float("inf"), b: float("inf")}
+    shapes = (512, 384), (384, 1536)
+    factors = {dtype: [torch.randn(shape, dtype=dtype) for shape in shapes] for dtype in best}
+    for _ in range(rounds):
+        for dtype, (left, right) in factors.items():
+            began = time.perf_counter()
+            left @ right
+            best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return best[a] / best[b]
 
 
 def _track(batches: list[list[int]], label: str, progress: bool):
