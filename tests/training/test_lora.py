@@ -275,3 +275,23 @@ def test_a_resumed_training_of_every_kind_saves_what_an_unbroken_one_does(make_c
         plain[0].model = PeftModel.from_pretrained(plain[0].model, str(finished.model / "lora_weights")).eval()
         adapted = plain.encode([f"query: {text}" for text in TEXTS], normalize_embeddings=True)
         assert np.abs(adapted - loaded).max() < 1e-5
+
+
+def test_a_training_over_four_bits_saves_an_ordinary_model_and_resumes(make_config, toy_data):
+    pytest.importorskip("bitsandbytes")
+    trainer = EmbeddingTrainer(
+        make_config(max_steps=3, quantize_base="nf4"), dataset=toy_data, progress=False, console=SILENT
+    )
+    run = trainer.train()
+    saved = load_file(run.model / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert "quantization_config" not in json.loads((run.model / "config.json").read_text())
+    assert np.abs(load_encoder(run.model).encode(TEXTS, "query") - trainer.encoder.encode(TEXTS, "query")).max() < 1e-5
+    fresh = EmbeddingTrainer.resume(run.path, dataset=toy_data, progress=False, console=SILENT)
+    fresh._prepare()  # the same 4 bits again: what a resume compares
+    assert fresh.model_fingerprint == trainer.model_fingerprint
+
+
+def test_weights_in_four_bits_cannot_train_themselves(make_config):
+    with pytest.raises(ValueError, match="quantize_base: weights in 4 bits cannot train"):
+        make_config(use_lora=False, quantize_base="nf4")
