@@ -33,7 +33,10 @@ DEFAULT = "reference"
 
 @dataclass(frozen=True)
 class Arm:
-    """One recipe: ``changes`` are laid over ``base``; it is compared with the arm ``against`` of its group."""
+    """One recipe: ``changes`` are laid over ``base``; it is compared with the arm ``against`` of its group.
+
+    ``hard_negatives`` names who mines them: 'bm25', or 'reference' for the model the reference arm has tuned.
+    """
 
     group: str
     name: str
@@ -87,10 +90,12 @@ def list_arms() -> list[Arm]:
         add("masking", f"{batch}, unmasked", f"{batch}, masked", batch_size=batch, mask_false_negatives=False)
     for scale in (50, 100):
         add("scale", f"{scale}", scale=float(scale))
-    mined = {"negatives_per_question": 1}
-    add("negatives", "BM25", hard_negatives="bm25", **mined)
-    add("negatives", "self", hard_negatives="self", **mined)
-    add("negatives", "self, re-mined", "self", hard_negatives="self", **mined, remine_every=1)
+    add("negatives", "BM25", hard_negatives="bm25")
+    add("negatives", "self", hard_negatives=DEFAULT)
+    twice = {"max_samples": QUESTIONS // 2, "num_epochs": 2}  # mining again needs a second epoch
+    add("negatives", "none, half twice", **twice)
+    add("negatives", "self, half twice", "none, half twice", hard_negatives=DEFAULT, **twice)
+    add("negatives", "re-mined, half twice", "self, half twice", hard_negatives=DEFAULT, remine_every=1, **twice)
     add("batching", "article", batching="article")
     add("lora", "rsLoRA", lora_variant="rslora")
     add("lora", "DoRA", lora_variant="dora")

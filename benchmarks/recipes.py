@@ -34,8 +34,13 @@ from recipe_arms import DEFAULT, PAIR_VISITS, QUESTIONS, REFERENCE, ROOT, Arm, l
 from recipe_report import align, format_tables, pool_seeds, write_section
 
 RESULT = ROOT / "benchmarks" / "results" / "recipes.json"
+NEGATIVES = "negatives.jsonl"
 METRIC = "ndcg@10"
 METRICS = (METRIC, "map", "mrr@10", "recall@10")
+
+
+class ArmFailed(RuntimeError):
+    """A run of an arm ended with an error."""
 
 
 class Grid:
@@ -59,32 +64,56 @@ class Grid:
         folder = self.folder(arm, seed)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(folder / "settings.json", self.settings(arm))
-        command = [sys.executable, "-m", "koret.cli", "train", "--config", str(folder / "settings.json")]
-        command += ["--dataset-root", str(self.data), "--log-dir", str(folder), "--seed", str(seed)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        began = time.perf_counter()
-        with open(folder / "output.txt", "wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode in (130, 143, -2, -15):
-            return  # stopped from outside: not a failure of the arm
-        if process.returncode:
-            words = (folder / "output.txt").read_text("utf-8", "replace").strip().splitlines()
-            write_json(folder / "failure.json", {"reason": words[-1] if words else f"exit {process.returncode}"})
+        settings, costs = self.settings(arm), []
+        given = ["--dataset-root", str(self.data), "--seed", str(seed)]
+        try:
+            if "hard_negatives" in settings:
+                costs.append(self.call(folder, "mine", *self.say_mining(settings, folder, seed), *given))
+                settings = {**settings, "hard_negatives": str(folder / NEGATIVES)}
+            write_json(folder / "settings.json", settings)
+            config = str(folder / "settings.json")
+            costs.append(self.call(folder, "train", "--config", config, "--log-dir", str(folder), *given))
+        except ArmFailed as error:
+            write_json(folder / "failure.json", {"reason": str(error)})
             return
         run = runs.find_runs(folder)[-1]
-        cost = {
-            "seconds": seconds,
-            "cpu_seconds": used.ru_utime + used.ru_stime,
-            "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-            "trained_weights": count_checkpoint(run.path),
-        }
-        for name in ("model", "checkpoints"):  # scores stay; the weights of a whole grid would fill a disk
+        cost = {**costs[-1], "trained_weights": count_checkpoint(run.path)}
+        if len(costs) > 1:
+            cost["mining_cpu_seconds"] = costs[0]["cpu_seconds"]
+        # Scores stay; the weights of a whole grid would fill a disk, but the reference mines for other arms.
+        for name in ("checkpoints",) if arm.name == DEFAULT else ("checkpoints", "model"):
             remove_folder(run.path / name)
         write_json(folder / "cost.json", cost)
+
+    def say_mining(self, settings: dict[str, Any], folder: Path, seed: int) -> list[str]:
+        """The options of ``koret mine`` for an arm: by BM25, or by the model the reference arm of this seed tuned."""
+        if settings["hard_negatives"] == "bm25":
+            model = [settings["model_name"], "--source", "bm25"]
+        else:
+            tuned = runs.find_runs(self.folder(Arm(DEFAULT, DEFAULT), seed))
+            if not tuned or tuned[-1].model is None:
+                raise ArmFailed("the reference arm of this seed has no model to mine with")
+            model = [str(tuned[-1].path)]
+        shared = [f"--{name.replace('_', '-')}={settings[name]}" for name in ("train_split", "max_seq_length")]
+        return [*model, "--out", str(folder / NEGATIVES), *shared]
+
+    def call(self, folder: Path, *words: str) -> dict[str, float]:
+        """Run one koret command and say what it cost. Raises ArmFailed with its last words."""
+        command = [sys.executable, "-m", "koret.cli", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        began = time.perf_counter()
+        with open(folder / "output.txt", "ab") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said = (folder / "output.txt").read_text("utf-8", "replace").strip().splitlines()
+            raise ArmFailed(said[-1] if said else f"exit {process.returncode}")
+        return {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+            "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        }
 
     def read(self, arm: Arm, seed: int) -> dict[str, Any]:
         """What is known of one run, without its scores per question."""
@@ -177,8 +206,8 @@ def count_checkpoint(run: Path) -> int:
 
 
 def run_grid(grid: Grid, arms: Sequence[Arm], chosen: Sequence[Arm], jobs: int) -> None:
-    """Train what is not finished, the reference first, a seed after the other; results are written after every run."""
-    waiting = {}
+    """Train what is not finished, the reference first; results are written after every run."""
+    waiting: dict[Path, tuple[Arm, int]] = {}
     for arm in chosen:
         if reason := arm.explain_impossible():
             print(f"not run: {arm.group} / {arm.name}: {reason}")
@@ -186,20 +215,24 @@ def run_grid(grid: Grid, arms: Sequence[Arm], chosen: Sequence[Arm], jobs: int) 
         for seed in grid.seeds:
             if not grid.is_done(arm, seed):
                 waiting.setdefault(grid.folder(arm, seed), (arm, seed))
-    print(f"{len(waiting)} runs to go")
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(grid.train, arm, seed): (arm, seed) for arm, seed in waiting.values()}
-        try:
-            for number, future in enumerate(as_completed(running), 1):
-                future.result()
-                arm, seed = running[future]
-                run = grid.read(arm, seed)
-                said = run.get("reason") or f"{METRIC} {run['model'][METRIC]:.4f}, {run['seconds']:.0f} s"
-                print(f"[{number}/{len(waiting)}] {arm.group} / {arm.name}, seed {seed}: {said}", flush=True)
-                grid.write(arms)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    print(f"{len(waiting)} runs to go", flush=True)
+    number = 0
+    for first in (True, False):  # other arms mine with the reference's model
+        with ThreadPoolExecutor(jobs) as pool:
+            due = [(arm, seed) for arm, seed in waiting.values() if (arm.name == DEFAULT) == first]
+            running = {pool.submit(grid.train, *run): run for run in due}
+            try:
+                for future in as_completed(running):
+                    future.result()
+                    number += 1
+                    arm, seed = running[future]
+                    run = grid.read(arm, seed)
+                    said = run.get("reason") or f"{METRIC} {run['model'][METRIC]:.4f}, {run['seconds']:.0f} s"
+                    print(f"[{number}/{len(waiting)}] {arm.group} / {arm.name}, seed {seed}: {said}", flush=True)
+                    grid.write(arms)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def main() -> None:

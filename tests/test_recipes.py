@@ -1,7 +1,6 @@
 """The grid of benchmarks/recipes.py: pairing against brute force, tables and section from a result, no run twice."""
 
 import json
-import os
 from itertools import product
 from pathlib import Path
 
@@ -105,6 +104,7 @@ def test_every_arm_differs_from_what_it_is_compared_with_by_settings_only():
     for arm in arms:
         assert (arm.group, arm.against) in known or arm.against == DEFAULT
         assert arm.settings["max_steps"] * arm.settings["batch_size"] == PAIR_VISITS
+        assert arm.settings["max_samples"] * arm.settings["num_epochs"] == PAIR_VISITS
         assert all(arm.settings[name] == REFERENCE[name] for name in ("model_name", "train_split", "max_seq_length"))
         assert "seed" not in arm.settings
     groups = "positives rate brief masking scale negatives batching lora objectives".split()
@@ -188,8 +188,10 @@ def test_a_failing_training_is_written_down_with_its_last_words(tmp_path):
 
     grid = recipes.Grid(tmp_path / "absent.json", tmp_path / "logs", [1], 1, 2)
     arm = Arm("reference", "reference")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     grid.train(arm, 1)
     assert not grid.is_done(arm, 1)
     run = grid.read(arm, 1)
     assert run["state"] == "failed" and "there is no file or folder" in run["reason"]
+    miner = Arm("negatives", "self", {"hard_negatives": "reference"})
+    grid.train(miner, 1)
+    assert grid.read(miner, 1)["reason"] == "the reference arm of this seed has no model to mine with"
