@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from koret import __version__
-from koret.commands import data, evaluate, export, index, runs, search, serve, train, web
+from koret.commands import data, evaluate, export, index, mine, runs, search, serve, train, web
 from koret.privacy import make_printable
 
 # name, help, the function that adds its options, the function that runs it
@@ -23,6 +23,7 @@ COMMANDS = (
         data.add_stats,
         data.show_stats,
     ),
+    ("mine", "find hard negatives: what ranks high for a question without answering it", mine.add_mine, mine.mine),
     ("train", "fine-tune a model and prove what it gained", train.add_train, train.train),
     (
         "evaluate",

@@ -57,6 +57,17 @@ class TrainingConfig:
         4, "processes that read and clean data; the result does not depend on it", "data", least=0, most=256
     )
     cache_dir: str | None = _knob(None, "where prepared data is kept; none: $KORET_CACHE or ~/.cache/koret", "data")
+    # hard negatives
+    hard_negatives: str | None = _knob(None, "file of `koret mine`: passages to push a question away from", "training")
+    negatives_per_question: int = _knob(
+        1,
+        "mined negatives used for a question, the best-ranked first; each costs encoding a passage",
+        "training",
+        least=1,
+    )
+    remine_every: int | None = _knob(
+        None, "mine anew with the model as it is after every so many epochs, and go on with that", "training", least=1
+    )
     # optimisation
     batch_size: int = _knob(16, "questions per step, each with up to batch_size - 1 negatives", "training", least=2)
     batching: Literal["shuffle", "article"] = _knob(

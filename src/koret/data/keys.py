@@ -18,13 +18,18 @@ def normalize_answer(text: str) -> str:
     A particle is only removed where Korean phonology allows it and a stem of two characters remains, so that
     한라산은 equals 한라산 while 마을 and 가은 stay whole.
     """
-    text = "".join(normalize_text(text, "NFKC").lower().split())
+    text = fold_text(text)
     for endings, final in ((_PARTICLES, None), (_AFTER_CONSONANT, True), (_AFTER_VOWEL, False)):
         for ending in endings:
             stem = text.removesuffix(ending)
             if stem != text and len(stem) >= 2 and (final is None or _ends_in_consonant(stem) in (final, None)):
                 return stem
     return text
+
+
+def fold_text(text: str) -> str:
+    """NFKC, lower case, no white space: what answers are looked for in."""
+    return "".join(normalize_text(text, "NFKC").lower().split())
 
 
 def text_key(text: str) -> int:

@@ -173,15 +173,17 @@ def build_pairs(
     positives: Positives = "passage",
     max_samples: int | None = None,
     seed: int = 42,
+    mined: Csr | None = None,
 ) -> PairTable:
     """The pairs of the given articles, in the order of the data.
 
     ``positives``: a question's target is its best gold passage (heading and text), its reference answer, or both
     (two pairs). ``max_samples`` takes that many of the usable questions at random by ``seed``. Skipped, and counted:
     empty questions, questions without gold passage or without answer text where one is needed, and repeats of a pair
-    (whose known positives and negatives are kept).
+    (whose known positives and negatives are kept). ``mined`` lists, per row of ``dataset.questions``, passages that
+    serve as hard negatives besides those the source names.
     """
-    return _PairBuilder(dataset, np.asarray(articles), positives).build(max_samples, seed)
+    return _PairBuilder(dataset, np.asarray(articles), positives, mined).build(max_samples, seed)
 
 
 def known_mask(table: PairTable, batch_rows: np.ndarray, batch_target_ids: np.ndarray) -> np.ndarray:
@@ -209,7 +211,7 @@ def known_mask(table: PairTable, batch_rows: np.ndarray, batch_target_ids: np.nd
 
 
 class _PairBuilder:
-    def __init__(self, dataset: Dataset, articles: np.ndarray, positives: Positives) -> None:
+    def __init__(self, dataset: Dataset, articles: np.ndarray, positives: Positives, mined: Csr | None) -> None:
         if positives not in ("passage", "answer", "both"):
             raise ValueError(f"positives must be passage, answer or both, not {positives!r}")
         self.dataset, self.positives = dataset, positives
@@ -224,6 +226,9 @@ class _PairBuilder:
         self.best = read_column(self.questions, "best")
         self.known = read_lists(self.questions, "known")
         self.negatives = read_lists(self.questions, "negatives")
+        if mined is not None:
+            own = zip(self.rows.tolist(), range(len(self.rows)), strict=True)
+            self.negatives = Csr.from_lists([np.concatenate([self.negatives[q], mined[row]]) for row, q in own])
         self.texts: dict[int, int] = {}  # text_key of what is encoded -> id
         self.strings: list[str] = []
         self.passage_ids: dict[int, int] = {}  # passage row -> text id

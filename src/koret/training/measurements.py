@@ -98,8 +98,9 @@ class Measurements:
         return {"train/epoch_loss": total / steps} if steps else {}
 
     def describe_losses(self) -> str:
-        """In words, what was not trained on in the whole run; empty where there is nothing to say."""
+        """In words, what was masked and what was not trained on in the whole run; empty where nothing was."""
         said = {
+            "masked": "{:,} known positives were kept out of the negatives",
             "skipped": "{:,} times a question had no negative in its batch and was left out",
             "overflows": "{:,} steps overflowed in float16 and were skipped, as usual at the start",
         }

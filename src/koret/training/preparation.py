@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from koret.evaluation.tasks import build_held_out_tasks
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
 from koret.training.batches import BatchMaker, TokenTable, tokenize_texts
+from koret.training.mining import Mined, MiningSettings, mine_negatives
+from koret.training.negatives import add_scores, list_by_question, read_negatives, write_negatives
 from koret.training.schedule import Schedule
 
 
@@ -44,7 +46,10 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
     """
     train, held_out = split_articles(dataset, config.train_split, config.seed)
     assert_no_leak(dataset, train, held_out)
-    pairs = build_pairs(dataset, train, config.positives, config.max_samples, config.seed)
+    mined, origin = None, {}
+    if config.hard_negatives is not None:
+        mined, origin = read_negatives(Path(config.hard_negatives).expanduser(), dataset, train)
+    pairs = make_pairs(config, dataset, train, mined)
     _require_enough(pairs, config)
     schedule = Schedule(
         pairs,
@@ -88,6 +93,7 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
         "questions_skipped": pairs.skipped,
         "hard_negatives": int(pairs.negatives.values.size),
         "hard_negatives_dropped_as_positive": pairs.dropped_negatives,
+        "mined": {name: origin[name] for name in ("sha256", "model", "settings", "report") if name in origin} or None,
         "queries_cut": int((queries.lengths >= limit).sum()),
         "targets_cut": int((targets.lengths >= limit).sum()),
         "evaluation": [{**task.describe(), "excluded": len(task.excluded)} for task in tasks],
@@ -96,6 +102,34 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
     maker = BatchMaker(pairs, queries, targets, config.mask_false_negatives)
     evaluators = [Evaluator(task) for task in tasks]
     return Job(dataset, train, held_out, pairs, schedule, maker, evaluators, scrub(report))
+
+
+def make_pairs(config: TrainingConfig, dataset: Dataset, train: np.ndarray, mined: Mined | None) -> PairTable:
+    """The pairs of the training articles, with the mined negatives that are asked for and the scores known of them."""
+    lists = None if mined is None else list_by_question(mined, dataset, config.negatives_per_question)
+    pairs = build_pairs(dataset, train, config.positives, config.max_samples, config.seed, lists)
+    return pairs if mined is None else add_scores(pairs, mined, dataset)
+
+
+def mine_into(path: Path, job: Job, config: TrainingConfig, encoder: TextEncoder) -> str:
+    """Mine negatives for the pairs of ``job`` with the model as it is now, into the file ``path``; what came of it.
+
+    Without a margin, as in ANCE: what a model in training ranks above the positive is its mistake, not a finding.
+    """
+    settings = MiningSettings(per_question=config.negatives_per_question, margin_relative=None)
+    mined = mine_negatives(job.dataset, job.train, encoder, settings, questions=job.pairs.question)
+    origin = {"model": f"{config.model_name}, {path.stem}", "train_split": config.train_split, "seed": config.seed}
+    write_negatives(path, mined, job.dataset, settings, origin)
+    return f"mined {mined.report['kept']:,} hard negatives for {mined.report['questions']:,} questions: {path.name}"
+
+
+def replace_negatives(path: Path, job: Job, config: TrainingConfig, encoder: TextEncoder) -> Job:
+    """``job`` with the mined negatives of ``path`` in place of those before; rows and order of its pairs stay."""
+    mined, _ = read_negatives(path, job.dataset, job.train)
+    pairs = make_pairs(config, job.dataset, job.train, mined)
+    targets = tokenize_texts(encoder, pairs.texts, "passage")
+    maker = BatchMaker(pairs, job.maker.queries, targets, config.mask_false_negatives)
+    return replace(job, pairs=pairs, maker=maker)
 
 
 def measure_epoch(
@@ -144,3 +178,5 @@ def require_source(config: TrainingConfig) -> None:
     root = Path(config.dataset_root).expanduser()
     if config.dataset_root != "sample" and not root.exists():
         raise FileNotFoundError(f"dataset_root: there is no file or folder {config.dataset_root}")
+    if config.hard_negatives is not None and not Path(config.hard_negatives).expanduser().is_file():
+        raise FileNotFoundError(f"hard_negatives: there is no file {config.hard_negatives}: make it with koret mine")

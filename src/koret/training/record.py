@@ -67,6 +67,8 @@ class RunRecord:
         """Raise SettingsChanged unless data and base model are those the run began with."""
         run = read_run(self.path)
         require_same(run, "the data", run.data["fingerprint"], self.job.report["fingerprint"])
+        before, now = ((report.get("mined") or {}).get("sha256") for report in (run.data, self.job.report))
+        require_same(run, "the file of hard negatives", before, now)
         require_same(run, "the base model", run.environment["model"]["fingerprint"], fingerprint)
 
     def reopen(self, resolved: dict[str, Any]) -> Snapshot | None:

@@ -11,8 +11,9 @@ from koret.runs import Run, read_run
 
 # Settings that decide where things lie and what is shown, never a weight.
 HARMLESS = (
-    "dataset_root",  # the fingerprints of data and base model are compared instead
+    "dataset_root",  # the fingerprints of data, base model and negatives are compared instead
     "model_name",
+    "hard_negatives",
     "num_workers",
     "cache_dir",
     "log_dir",
@@ -21,7 +22,7 @@ HARMLESS = (
     "log_gradient_histograms",
     "save_total_limit",
 )
-PATHS = ("dataset_root", "model_name", "log_dir", "cache_dir")
+PATHS = ("dataset_root", "model_name", "hard_negatives", "log_dir", "cache_dir")
 
 
 class SettingsChanged(ValueError):
@@ -47,7 +48,7 @@ def read_resumed_config(run: Path, changes: dict[str, Any]) -> tuple[TrainingCon
     return after, record.environment, changed
 
 
-def require_same(run: Run, what: str, recorded: str | None, found: str) -> None:
+def require_same(run: Run, what: str, recorded: str | None, found: str | None) -> None:
     """Raise SettingsChanged when the data or the base model is not the one the run began with."""
     if recorded != found:
         raise SettingsChanged(f"{run.name} cannot go on: {what} changed since it began (fingerprints differ)")

@@ -80,6 +80,10 @@ class Schedule:
             step -= count
         return float(len(self.steps_of_epoch))
 
+    def find_mining(self, step: int, every: int | None) -> int:
+        """How many epochs lie behind the last one that ended in mining, every so many; 0 before the first."""
+        return int(self.epochs_done(step)) // every * every if every else 0
+
     def cut_epoch(self, epoch: int) -> tuple[list[np.ndarray], int]:
         """The usable batches of an epoch, and how many pairs are in none."""
         rng = np.random.default_rng([self.seed, epoch])
@@ -119,7 +123,9 @@ def _cut_passages(
     most = max(1, int(batch_size * PASSAGE_SHARE))
     _, first, question = np.unique(table.question[rows], return_index=True, return_inverse=True)
     question = question.reshape(-1)
-    passage = table.targets[rows][first][question]  # an answer stands with the passage of its question
+    target = table.targets[rows][first][question]  # an answer stands with the passage of its question
+    _, at, same = np.unique(target, return_index=True, return_inverse=True)
+    passage = at[same.reshape(-1)]  # numbered as they come: ids of texts change with the hard negatives
     order = np.argsort(rng.permutation(len(first))[question], kind="stable")
     pieces = []
     for number, own in enumerate(_group(passage[order], rows[order])):

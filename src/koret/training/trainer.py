@@ -28,7 +28,14 @@ from koret.training.measurements import Measurements, NumericFault
 from koret.training.memory import choose_micro_batch_tokens
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
 from koret.training.plan import TIMED_BATCHES, describe_cost, describe_plan
-from koret.training.preparation import Job, load_data, prepare_job, require_source
+from koret.training.preparation import (
+    Job,
+    load_data,
+    mine_into,
+    prepare_job,
+    replace_negatives,
+    require_source,
+)
 from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
 from koret.training.schedule import Step
@@ -141,11 +148,25 @@ class EmbeddingTrainer:
                 if self._is_done():
                     return
                 stop.check()
+                self._renew_negatives(stop)
                 self._take_step(next(steps))
         except Interrupted:
             if self._saved != (self.at.step, self.at.evaluated):
                 self._save_checkpoint()
             raise
+
+    def _renew_negatives(self, stop: StopSignals) -> None:
+        """After every so many epochs (``remine_every``), train on negatives that the model of that moment chose."""
+        epoch = self.job.schedule.find_mining(self.at.step, self.config.remine_every)
+        if epoch == self._mined:
+            return
+        path = self.run_dir / "negatives" / f"epoch-{epoch:04d}.jsonl"
+        if not path.exists():
+            if self.job.schedule.epochs_done(self.at.step) != epoch:
+                raise FileNotFoundError(f"{path} is gone, and the model that mined it has moved on: start a new run")
+            with stop.at_once():  # a resume finds this model again
+                self.terminal.say(mine_into(path, self.job, self.config, self.encoder))
+        self.job, self._mined = replace_negatives(path, self.job, self.config, self.encoder), epoch
 
     def _take_step(self, step: Step) -> None:
         """One optimizer step: batches, embeddings, loss, gradients, update, and now and then a record."""
@@ -223,7 +244,7 @@ class EmbeddingTrainer:
         budget = chosen or choose_micro_batch_tokens(self.encoder)
         self.gradients = BatchGradients(self.encoder, self.optimizer, config.scale, budget, self.terminal.say)
         self.measurements = Measurements(self.job.question_ids, self.optimizer.scaler.is_enabled())
-        self.at, self._saved = Progress(), None
+        self.at, self._saved, self._mined = Progress(), None, 0
 
     def _is_finished(self) -> bool:
         finished = self.run_dir is not None and is_run(self.run_dir) and read_run(self.run_dir).is_finished
