@@ -59,7 +59,7 @@ class MiningSettings:
     def __post_init__(self) -> None:
         for name, least in (("depth", 1), ("per_question", 1), ("skip_top", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+                raise ValueError(f"mining needs {name} of at least {least}, not {getattr(self, name)}")
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, not {self.source!r}")
 

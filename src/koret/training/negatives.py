@@ -116,10 +116,10 @@ def read_negatives(path: Path, dataset: Dataset, train: np.ndarray) -> tuple[Min
     try:
         header = json.loads(first)
         if header["format"] != FORMAT or header["version"] != VERSION:
-            raise ValueError(f"it says {header['format']} {header['version']}")
+            raise ValueError("its first line is of another format")
         lines = msgspec.json.Decoder(_Line).decode_lines(rest) if header["content"] == hash_content(dataset) else None
         if lines is not None and len(lines) != header["report"]["questions"]:
-            raise ValueError(f"{len(lines)} of {header['report']['questions']} questions are there")
+            raise ValueError(f"it ends after {len(lines)} of {header['report']['questions']} questions")
     except (ValueError, KeyError, TypeError) as error:
         raise NegativesError(
             f"{path} is not a whole file of hard negatives ({error}): make it again with koret mine"
