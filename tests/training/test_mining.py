@@ -10,6 +10,7 @@ from crashes import read_outcome
 from rich.console import Console
 
 from conftest import make_dataset
+from koret import cli
 from koret.data.keys import fold_text, normalize_answer, text_key
 from koret.data.pairs import build_pairs, known_mask, split_articles
 from koret.retrieval import lexical
@@ -363,3 +364,38 @@ def test_a_mined_file_that_vanished_is_not_made_up(make_config, toy_data, tmp_pa
     (run.path / "negatives" / "epoch-0001.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="is gone, and the model that mined it has moved on"):
         EmbeddingTrainer.resume(run.path, dataset=toy_data, console=Console(file=io.StringIO())).train()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_mine_then_train_through_the_command_line(tiny_model, tmp_path, capsys):
+    file = tmp_path / "negatives.jsonl"
+    data = ["--dataset-root", "sample", "--max-seq-length", "48", "--num-workers", "0"]
+    mine = ["mine", str(tiny_model), *data, "--out", str(file), "--source", "both", "--depth", "20"]
+    assert cli.main(mine) == 0
+    said = capsys.readouterr().out
+    assert (
+        "a known positive" in said
+        and "try --source bm25 or both" in " ".join(said.split())
+        and f"--hard-negatives {file}" in said.replace("\n", "")
+    )
+    assert cli.main([*mine, "--json", "--per-question", "2", "--margin-relative", "none"]) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert header == json.loads(file.read_text(encoding="utf-8").partition("\n")[0])
+    report = header["report"]
+    assert report["kept"] + sum(report["dropped"].values()) == report["candidates"] > 0
+    assert header["settings"]["margin_relative"] is None and header["settings"]["per_question"] == 2
+
+    train = [
+        "train", "--model-name", str(tiny_model), *data, "--hard-negatives", str(file), "--max-steps", "2",
+        "--eval-samples", "20", "--eval-corpus-size", "30", "--log-dir", str(tmp_path / "runs"), "--precision", "fp32",
+    ]  # fmt: skip
+    assert cli.main(train) == 0
+    (run,) = find_runs(tmp_path / "runs")
+    assert run.data["mined"]["report"] == report and run.data["hard_negatives"] > 0
+    capsys.readouterr()
+    assert cli.main([*train, "--seed", "7"]) == 2
+    assert "mine again with the --train-split and --seed" in capsys.readouterr().err
+    assert cli.main(["mine", str(run.path), "--dataset-root", "sample", "--out", str(file), "--num-workers", "0"]) == 0
+    assert json.loads(file.read_text(encoding="utf-8").partition("\n")[0])["content"] == header["content"]
