@@ -16,6 +16,7 @@ from koret.evaluation.tasks import build_held_out_tasks
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
 from koret.training.batches import BatchMaker, TokenTable, tokenize_texts
+from koret.training.guide import embed_with_guide
 from koret.training.mining import Mined, MiningSettings, mine_negatives
 from koret.training.negatives import add_scores, list_by_question, read_negatives, write_negatives
 from koret.training.schedule import Schedule
@@ -99,7 +100,7 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
         "evaluation": [{**task.describe(), "excluded": len(task.excluded)} for task in tasks],
         "loading": dataset.report,
     }
-    maker = BatchMaker(pairs, queries, targets, config.mask_false_negatives)
+    maker = make_maker(config, pairs, queries, targets)
     evaluators = [Evaluator(task) for task in tasks]
     return Job(dataset, train, held_out, pairs, schedule, maker, evaluators, scrub(report))
 
@@ -128,8 +129,41 @@ def replace_negatives(path: Path, job: Job, config: TrainingConfig, encoder: Tex
     mined, _ = read_negatives(path, job.dataset, job.train)
     pairs = make_pairs(config, job.dataset, job.train, mined)
     targets = tokenize_texts(encoder, pairs.texts, "passage")
-    maker = BatchMaker(pairs, job.maker.queries, targets, config.mask_false_negatives)
-    return replace(job, pairs=pairs, maker=maker)
+    return replace(job, pairs=pairs, maker=make_maker(config, pairs, job.maker.queries, targets))
+
+
+def make_maker(config: TrainingConfig, pairs: PairTable, queries: TokenTable, targets: TokenTable) -> BatchMaker:
+    """What turns rows of ``pairs`` into batches: at the start, and again whenever the negatives are others."""
+    return BatchMaker(pairs, queries, targets, config.mask_false_negatives)
+
+
+def make_maker(
+    config: TrainingConfig,
+    encoder: TextEncoder,
+    pairs: PairTable,
+    queries: TokenTable,
+    targets: TokenTable,
+    cache: Path | None,
+) -> BatchMaker:
+    """What makes batches of ``pairs``, with the guide's vectors and the teacher's scores that are asked for.
+
+    Raises ValueError where there is no teacher to distil from, or the model has no vectors as long as asked for.
+    """
+    if config.matryoshka_dims and max(config.matryoshka_dims) > encoder.dimensions:
+        raise ValueError(
+            f"matryoshka_dims: {max(config.matryoshka_dims)} is more than the {encoder.dimensions} dimensions of "
+            f"{config.model_name}"
+        )
+    taught = config.distillation != "none" and config.guide_model is None
+    if taught and (pairs.negative_scores is None or not np.isfinite(pairs.negative_scores).any()):
+        raise ValueError(
+            f"distillation: {config.distillation} needs a teacher's scores, and no hard negatives here carry any: give "
+            "hard_negatives mined with koret mine, or a guide_model"
+        )
+    guide = None
+    if config.guide_model is not None:
+        guide = embed_with_guide(config.guide_model, encoder.precision, pairs, cache)
+    return BatchMaker(pairs, queries, targets, config.mask_false_negatives, guide, taught)
 
 
 def measure_epoch(

@@ -84,8 +84,9 @@ class RunRecord:
         environment["config"] = scrub(self.config.to_dict())
         environment["resumed"] = [*environment.get("resumed", []), now["started"]]
         write_json(self.path / "environment.json", environment)
-        for folder in (self.path, self.path / "evaluation"):
-            remove_leftovers(folder)
+        for folder in (self.path, self.path / "evaluation", self.path / "negatives"):
+            if folder.is_dir():
+                remove_leftovers(folder)
         return self.checkpoints.load_newest()
 
     def open(self, at: Progress) -> None:
