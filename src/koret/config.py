@@ -91,6 +91,40 @@ class TrainingConfig:
     )
     scale: float = _knob(20.0, "cosine similarities are multiplied by this: 1 / temperature", "training", above=0.0)
     mask_false_negatives: bool = _knob(True, "leave known positives out of the in-batch negatives", "training")
+    learn_scale: bool = _knob(False, "train the scale too, from the given one, at most 100 (as CLIP does)", "training")
+    multi_positive: bool = _knob(
+        False, "average over all known positives in the batch instead of only leaving them out", "training"
+    )
+    symmetric: bool = _knob(False, "average with the loss from passages to questions", "training")
+    same_tower_negatives: bool = _knob(
+        False, "other questions are negatives of a question too; with symmetric, passages of a passage", "training"
+    )
+    hardness_weight: float = _knob(
+        0.0, "a negative counts exp(this * its cosine) times; 0: all alike", "training", least=0.0, most=100.0
+    )
+    guide_model: str | None = _knob(
+        None, "a model that judges negatives: what it holds for a positive is left out", "training"
+    )
+    guide_margin: float | None = _knob(
+        0.0,
+        "left out is what the guide scores above the positive's score less this; none: it only teaches",
+        "training",
+        least=0.0,
+        most=2.0,
+    )
+    guide_margin_kind: Literal["absolute", "relative"] = _knob(
+        "absolute", "guide_margin as a cosine, or as a share of the positive's score", "training"
+    )
+    matryoshka_dims: tuple[int, ...] = _knob(
+        (), "vector lengths trained besides the full one, so that vectors may be cut to them", "training"
+    )
+    distillation: Literal["none", "margin_mse", "kl"] = _knob(
+        "none", "learn a teacher's scores too: the guide's, else those of mined hard negatives", "training"
+    )
+    distillation_weight: float = _knob(1.0, "weight of the distillation beside the loss", "training", above=0.0)
+    distillation_temperature: float = _knob(
+        0.05, "kl: the teacher's scores are divided by this, the model's multiplied by scale", "training", above=0.0
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _knob(
         "auto", "arithmetic of the frozen base; adapters and loss stay float32", "training"
     )
@@ -165,6 +199,14 @@ class TrainingConfig:
             problems.append(
                 "quantize_base: weights in 4 bits cannot train; set use_lora to true, or quantize_base to none"
             )
+        if self.multi_positive and not self.mask_false_negatives:
+            problems.append("multi_positive: averages over known positives, so leave mask_false_negatives at true")
+        if self.learn_scale and self.scale > 100:
+            problems.append("scale: a learned scale is at most 100; start lower, or set learn_scale to false")
+        if self.guide_model is not None and self.guide_margin is None and self.distillation == "none":
+            problems.append("guide_model: has nothing to do; give guide_margin a number, or ask for a distillation")
+        if any(size < 1 for size in self.matryoshka_dims):
+            problems.append("matryoshka_dims: every length must be at least 1")
         return problems
 
     @classmethod
@@ -191,7 +233,7 @@ class TrainingConfig:
                 group = f.metadata["group"]
                 lines.append(f"[{group}]")
             value = getattr(self, f.name)
-            shown = ", ".join(value) if isinstance(value, tuple) else value
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
             lines.append(f" {'*' if value != f.default else ' '} {f.name:<28} {shown}")
         return "\n".join(lines)
 
@@ -226,6 +268,8 @@ def _coerce(value: Any, wanted: Any) -> Any:
         raise ValueError(f"must be one of {', '.join(options)}, not {value!r}")
     if origin is tuple:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and options[0] is int:
+            return tuple(_coerce_number(item, int) for item in items)
         if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) and i for i in items):
             raise ValueError(f"must be a list of names, not {value!r}")
         return tuple(items)

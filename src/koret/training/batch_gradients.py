@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from koret.retrieval.encoder import TextEncoder
 from koret.training.batches import Batch, cut_micro_batches
 from koret.training.gradcache import embed_and_backward, read_random_state, set_random_state
-from koret.training.loss import Loss, info_nce
+from koret.training.loss import Loss
+from koret.training.objectives import MOST_SCALE, Objective, Relations
 from koret.training.optimization import GuardedOptimizer
 
 PADDED_PIECES = 4  # where the model pads, a batch is embedded in this many pieces of texts of like length
@@ -24,10 +26,25 @@ class BatchGradients:
     """
 
     def __init__(
-        self, encoder: TextEncoder, optimizer: GuardedOptimizer, scale: float, budget: int, say: Callable[[str], None]
+        self,
+        encoder: TextEncoder,
+        optimizer: GuardedOptimizer,
+        objective: Objective,
+        budget: int,
+        say: Callable[[str], None],
+        *,
+        log_scale: torch.nn.Parameter | None = None,
+        guided: bool = False,
     ) -> None:
-        self.encoder, self.optimizer, self.scale, self.budget, self.say = encoder, optimizer, scale, budget, say
+        """``log_scale``: () where the scale is learned; ``guided``: batches carry a guide's vectors."""
+        self.encoder, self.optimizer, self.objective, self.budget, self.say = encoder, optimizer, objective, budget, say
+        self.log_scale, self.guided = log_scale, guided
         self.was_halved = False
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the values that ``add`` returns after the first three."""
+        return (("guided_out",) if self.guided else ()) + (("scale",) if self.log_scale is not None else ())
 
     def halved_to(self, budget: int | None) -> None:
         """Go on with the budget a resumed run had come down to; None: it had not."""
@@ -37,9 +54,12 @@ class BatchGradients:
     def add(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Add the gradient of the batches' mean loss.
 
-        Returns (3,) on the device, means over the batches: loss, masked pairs, questions without negatives. Raises
-        MemoryError, saying what to change, when memory runs out a second time.
+        Returns (3,) on the device, means over the batches: loss, masked pairs, questions without negatives; behind them
+        the ``extras``. Raises MemoryError, saying what to change, when memory runs out a second time.
         """
+        if self.log_scale is not None:
+            with torch.no_grad():
+                self.log_scale.clamp_(0.0, math.log(MOST_SCALE))
         state = read_random_state()
         try:
             return torch.stack([self._add(batch, share=1 / len(batches)) for batch in batches]).mean(dim=0)
@@ -62,18 +82,29 @@ class BatchGradients:
     def _add(self, batch: Batch, share: float) -> torch.Tensor:
         """Add ``share`` of one batch's gradients."""
         device = self.encoder.device
-        queries, targets, positives, known = (
-            None if part is None else torch.from_numpy(part).to(device, non_blocking=True)
-            for part in (batch.queries, batch.targets, batch.positives, batch.known)
+        relations = Relations(
+            *(
+                None if part is None else torch.from_numpy(part).to(device, non_blocking=True)
+                for part in (getattr(batch, name) for name in Relations._fields)
+            )
         )
+        scale = self.objective.scale if self.log_scale is None else self.log_scale.exp()
         losses: list[Loss] = []  # the loss is taken once, however often the texts are embedded
 
         def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
-            losses.append(info_nce(embeddings[queries], embeddings[targets], positives, known, scale=self.scale))
+            losses.append(self.objective.measure(embeddings, relations, scale))
             return self.optimizer.scale(losses[0].value * share)
 
         embed_and_backward(self._embed, batch.texts, cut_micro_batches(batch.texts, self.budget), loss_of)
-        return torch.stack([part.detach().float() for part in losses[0]])
+        value, masked, skipped, guided = losses[0]
+        parts = [
+            value,
+            masked,
+            skipped,
+            *([guided] if self.guided else []),
+            *([] if self.log_scale is None else [scale]),
+        ]
+        return torch.stack([part.detach().float() for part in parts])
 
     def _embed(self, texts: list[np.ndarray]) -> torch.Tensor:
         """(N, D) unit vectors. Where the model pads, texts of like length (they come sorted) go together."""

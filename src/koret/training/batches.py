@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as dump_arrays
 
+from koret.data.columns import Csr
 from koret.data.pairs import PairTable, known_mask
 from koret.files import DiskFull, write_file
 from koret.retrieval.encoder import Kind, TextEncoder
+from koret.training.guide import GuideTable
 
 TOKENIZE_AT_ONCE = 4096  # texts
 
@@ -99,6 +101,9 @@ class Batch:
     targets: np.ndarray  # (M,) the targets among the texts
     positives: np.ndarray  # (B,) column of each pair's positive among the targets
     known: np.ndarray | None  # (B, M) bool, never negatives; none: only the own positive is spared
+    curated: np.ndarray | None = None  # (B, M) bool, the pair's own hard negatives; given beside a guide
+    guide: np.ndarray | None = None  # (U, G) float32, the guide's unit vectors of the texts
+    teacher: np.ndarray | None = None  # (B, M) float32, NaN where unknown
 
     @property
     def has_negatives(self) -> bool:
@@ -111,9 +116,21 @@ class Batch:
 class BatchMaker:
     """Turns rows of the pair table into batches of token lists."""
 
-    def __init__(self, table: PairTable, queries: TokenTable, targets: TokenTable, mask: bool) -> None:
-        """``queries``: tokens of ``table.queries``, ``targets`` of ``table.texts``; ``mask`` spares known positives."""
+    def __init__(
+        self,
+        table: PairTable,
+        queries: TokenTable,
+        targets: TokenTable,
+        mask: bool,
+        guide: GuideTable | None = None,
+        teacher: bool = False,
+    ) -> None:
+        """``queries``: tokens of ``table.queries``, ``targets`` of ``table.texts``; ``mask`` spares known positives.
+
+        ``guide``: a guide's vectors of the same texts; ``teacher``: whether batches carry the table's scores.
+        """
         self.table, self.queries, self.targets, self.mask = table, queries, targets, mask
+        self.guide, self.teacher = guide, teacher
         self.query_id = np.unique(np.array(table.queries, dtype=object), return_inverse=True)[1]  # one a distinct text
 
     def make(self, rows: np.ndarray) -> Batch:
@@ -128,7 +145,26 @@ class BatchMaker:
             targets=len(first) + np.arange(len(ids)),
             positives=np.searchsorted(ids, own),
             known=known_mask(self.table, rows, ids) if self.mask else None,
+            curated=self._mark_curated(rows, ids) if self.guide else None,
+            guide=self.guide.take(rows[first], ids) if self.guide else None,
+            teacher=self._take_scores(rows, ids) if self.teacher else None,
         )
+
+    def _mark_curated(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """(B, M) bool: the hard negatives named for each pair."""
+        marked = np.zeros((len(rows), len(ids)), dtype=bool)
+        owner, values = self.table.negatives.take(rows)
+        marked[owner, np.searchsorted(ids, values)] = True
+        return marked
+
+    def _take_scores(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """(B, M) float32 teacher scores of each pair's own target and hard negatives; NaN elsewhere."""
+        table = self.table
+        scores = np.full((len(rows), len(ids)), np.nan, np.float32)
+        owner, values = table.negatives.take(rows)
+        scores[owner, np.searchsorted(ids, values)] = Csr(table.negatives.offsets, table.negative_scores).take(rows)[1]
+        scores[np.arange(len(rows)), np.searchsorted(ids, table.targets[rows])] = table.positive_scores[rows]
+        return scores
 
 
 def cut_micro_batches(texts: Sequence[np.ndarray], budget: int | None) -> list[np.ndarray]:

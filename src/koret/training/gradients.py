@@ -12,7 +12,7 @@ def group_by_module(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, l
     """Trained parameters by the layer they belong to: both halves of an adapter count for the layer it sits on."""
     groups: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+        module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] or name
         groups.setdefault(module, []).append(parameter)
     return groups
 

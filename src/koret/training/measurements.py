@@ -22,17 +22,22 @@ class NumericFault(RuntimeError):
 class Measurements:
     """Collects (loss, masked pairs, skipped questions, gradient norm) of the steps since the last record."""
 
-    def __init__(self, question_ids: Callable[[np.ndarray], list[str]], scaling: bool) -> None:
-        """``question_ids`` names the records of pair rows; ``scaling``: float16, where gradients may overflow."""
-        self._question_ids, self._scaling = question_ids, scaling
-        self._waiting: list[tuple[int, list[np.ndarray], torch.Tensor]] = []  # on the device: step, rows, values (4,)
-        self._recent: list[list[float]] = []  # fetched, not yet recorded: loss, masked, skipped, pairs
+    def __init__(
+        self, question_ids: Callable[[np.ndarray], list[str]], scaling: bool, extras: tuple[str, ...] = ()
+    ) -> None:
+        """``question_ids`` names the records of pair rows; ``scaling``: float16, where gradients may overflow.
+
+        ``extras`` name values that stand between the skipped questions and the gradient norm.
+        """
+        self._question_ids, self._scaling, self._extras = question_ids, scaling, extras
+        self._waiting: list[tuple[int, list[np.ndarray], torch.Tensor]] = []  # on the device: step, rows, values
+        self._recent: list[list[float]] = []  # fetched, not yet recorded: loss, masked, skipped, pairs, extras
         self._seconds = 0.0
         self._epoch: list[float] = [0.0, 0]  # sum of losses, steps
         self.totals = {"steps": 0, "pairs": 0, "masked": 0, "skipped": 0, "overflows": 0}
 
     def add(self, step: int, batches: list[Batch], values: torch.Tensor) -> None:
-        """Remember the values (4,) of a step without waiting for the device."""
+        """Remember the values (4 + extras,) of a step without waiting for the device."""
         self._waiting.append((step, [batch.rows for batch in batches], values))
 
     def skip(self, batches: list[Batch]) -> None:
@@ -49,15 +54,19 @@ class Measurements:
             return np.zeros(0)
         fetched = torch.cat([piece.float() for piece in pieces]).cpu().numpy().astype(float)
         waiting, self._waiting = self._waiting, []
+        width = 4 + len(self._extras)
         for i, (step, rows, _) in enumerate(waiting):
-            self._take(step, rows, *fetched[4 * i : 4 * i + 4].tolist())
-        return fetched[4 * len(waiting) :]
+            self._take(step, rows, *fetched[width * i : width * (i + 1)].tolist())
+        return fetched[width * len(waiting) :]
 
-    def _take(self, step: int, rows: list[np.ndarray], loss: float, masked: float, skipped: float, norm: float) -> None:
+    def _take(
+        self, step: int, rows: list[np.ndarray], loss: float, masked: float, skipped: float, *more: float
+    ) -> None:
+        *extras, norm = more
         if not np.isfinite(loss) or not (np.isfinite(norm) or self._scaling):
             self._stop(step, rows, loss, norm)
         pairs, masked, skipped = sum(map(len, rows)), masked * len(rows), skipped * len(rows)  # were means
-        self._recent.append([loss, masked, skipped, pairs])
+        self._recent.append([loss, masked, skipped, pairs, *extras])
         self._epoch = [self._epoch[0] + loss, self._epoch[1] + 1]
         for name, count in (("steps", 1), ("pairs", pairs), ("masked", masked), ("skipped", skipped)):
             self.totals[name] += round(count)
@@ -79,13 +88,14 @@ class Measurements:
         """Means over the steps since the last call, under the names they are recorded by; empty without a step."""
         if not self._recent:
             return {}
-        losses, masked, skipped, pairs = np.array(self._recent).T
+        losses, masked, skipped, pairs, *extras = np.array(self._recent).T
         values = {
             "train/loss": losses.mean(),
             "train/pairs_per_second": pairs.sum() / max(self._seconds, 1e-9),
             "train/masked_negatives": masked.mean(),
             "train/questions_without_negatives": skipped.mean(),
         }
+        values |= {f"train/{name}": found.mean() for name, found in zip(self._extras, extras, strict=True)}
         if self._scaling:
             values["train/overflows"] = self.totals["overflows"]  # steps so far that float16 could not hold
         self._recent, self._seconds = [], 0.0

@@ -37,7 +37,10 @@ class GuardedOptimizer:
     ) -> None:
         self.parameters = list(parameters.values())
         self.max_grad_norm = max_grad_norm
-        self.adamw = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=True)
+        groups = [{"params": [p for p in self.parameters if p.dim()]}]
+        if scalars := [p for p in self.parameters if not p.dim()]:  # a learned scale does not decay
+            groups.append({"params": scalars, "weight_decay": 0.0})
+        self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaling)
         self._broken = torch.zeros((), device=device)

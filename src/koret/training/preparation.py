@@ -100,7 +100,9 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
         "evaluation": [{**task.describe(), "excluded": len(task.excluded)} for task in tasks],
         "loading": dataset.report,
     }
-    maker = make_maker(config, pairs, queries, targets)
+    maker = make_maker(config, encoder, pairs, queries, targets, cache)
+    if maker.guide is not None:
+        report["guide"] = {"model": config.guide_model, "fingerprint": maker.guide.fingerprint}
     evaluators = [Evaluator(task) for task in tasks]
     return Job(dataset, train, held_out, pairs, schedule, maker, evaluators, scrub(report))
 
@@ -129,12 +131,9 @@ def replace_negatives(path: Path, job: Job, config: TrainingConfig, encoder: Tex
     mined, _ = read_negatives(path, job.dataset, job.train)
     pairs = make_pairs(config, job.dataset, job.train, mined)
     targets = tokenize_texts(encoder, pairs.texts, "passage")
-    return replace(job, pairs=pairs, maker=make_maker(config, pairs, job.maker.queries, targets))
-
-
-def make_maker(config: TrainingConfig, pairs: PairTable, queries: TokenTable, targets: TokenTable) -> BatchMaker:
-    """What turns rows of ``pairs`` into batches: at the start, and again whenever the negatives are others."""
-    return BatchMaker(pairs, queries, targets, config.mask_false_negatives)
+    return replace(
+        job, pairs=pairs, maker=make_maker(config, encoder, pairs, job.maker.queries, targets, job.dataset.directory)
+    )
 
 
 def make_maker(

@@ -22,7 +22,7 @@ HARMLESS = (
     "log_gradient_histograms",
     "save_total_limit",
 )
-PATHS = ("dataset_root", "model_name", "hard_negatives", "log_dir", "cache_dir")
+PATHS = ("dataset_root", "model_name", "guide_model", "hard_negatives", "log_dir", "cache_dir")
 
 
 class SettingsChanged(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.measurements import Measurements, NumericFault
 from koret.training.memory import choose_micro_batch_tokens
+from koret.training.objectives import Objective
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
 from koret.training.plan import TIMED_BATCHES, describe_cost, describe_plan
 from koret.training.preparation import (
@@ -39,7 +41,7 @@ from koret.training.preparation import (
 from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
 from koret.training.schedule import Step
-from koret.training.scorebook import conclude
+from koret.training.scorebook import conclude, keep_base_scores
 from koret.training.signals import Interrupted, StopSignals
 from koret.training.trained import setup_full_model
 
@@ -232,6 +234,10 @@ class EmbeddingTrainer:
         else:
             setup_full_model(self.encoder, config.train_embeddings is not False)
         self.parameters = {n: p for n, p in self.encoder.backbone.named_parameters() if p.requires_grad}
+        log_scale = None
+        if config.learn_scale:
+            log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale), device=self.encoder.device))
+            self.parameters["log_scale"] = log_scale
         self.modules = group_by_module(self.parameters)
         self.optimizer = GuardedOptimizer(
             self.parameters,
@@ -242,8 +248,18 @@ class EmbeddingTrainer:
         self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
         chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
         budget = chosen or choose_micro_batch_tokens(self.encoder)
-        self.gradients = BatchGradients(self.encoder, self.optimizer, config.scale, budget, self.terminal.say)
-        self.measurements = Measurements(self.job.question_ids, self.optimizer.scaler.is_enabled())
+        self.gradients = BatchGradients(
+            self.encoder,
+            self.optimizer,
+            Objective.from_config(config),
+            budget,
+            self.terminal.say,
+            log_scale=log_scale,
+            guided=config.guide_model is not None,
+        )
+        self.measurements = Measurements(
+            self.job.question_ids, self.optimizer.scaler.is_enabled(), self.gradients.extras
+        )
         self.at, self._saved, self._mined = Progress(), None, 0
 
     def _is_finished(self) -> bool:
@@ -305,7 +321,10 @@ class EmbeddingTrainer:
     def _evaluate(self, stop: StopSignals) -> None:
         """Score the model on the held-out questions; the best so far is kept."""
         with stop.at_once():  # scoring changes nothing: nobody has to wait for its end to stop
-            scores = self._score("base" if self.at.step == 0 else "tuned")
+            if self.at.step:
+                scores, kept = self._score("tuned"), False
+            else:
+                scores, kept = keep_base_scores(self.job, self.encoder, lambda: self._score("base"))
         first = scores[0]
         self.record.logbook.record(self.at.step, name_metrics(scores))
         deciding = dict(zip(PRIMARY, first.sort_key, strict=True))
@@ -320,7 +339,8 @@ class EmbeddingTrainer:
         else:
             self.at.stale += 1
         self.at.evaluated = self.at.step
-        self.terminal.say(f"step {self.at.step}: {shown}" if self.at.step else f"before training: {shown}")
+        when = f"step {self.at.step}" if self.at.step else "before training"
+        self.terminal.say(f"{when}: {shown}{', as measured in an earlier run' if kept else ''}")
         if self._is_done() and self.at.step < self.job.schedule.total:
             self.terminal.say(f"stopped early: {self.at.stale} evaluations without a better score")
 
