@@ -16,7 +16,7 @@ PAIR_VISITS = 1024  # question-target pairs a run trains on, whatever its batch 
 REFERENCE = {
     "model_name": "offline",
     "train_split": 0.714,  # 100 of 140 articles
-    "max_seq_length": 128,
+    "max_seq_length": 64,  # the grid is over a hundred trainings: at 128 it takes three times as long
     "precision": "fp32",  # auto would time this machine anew in every run
     "max_samples": QUESTIONS,
     "num_epochs": 1,
@@ -108,8 +108,8 @@ def list_arms() -> list[Arm]:
     add("lora", "LoRA + embeddings, rate 0.0005", train_embeddings=True, learning_rate=5e-4)
     add("objectives", "symmetric", symmetric=True)
     add("objectives", "same-tower negatives", same_tower_negatives=True)
-    add("objectives", "guide", guide="offline")
-    add("objectives", "matryoshka", matryoshka=[256, 128, 64])
+    add("objectives", "guide", guide_model="offline")
+    add("objectives", "matryoshka", matryoshka_dims=[256, 128, 64])
     add("objectives", "hardness weight", hardness_weight=5.0)
     add("objectives", "learned scale", learn_scale=True)
     return arms

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as dump_arrays
 
@@ -14,7 +17,8 @@ from koret.evaluation.metrics import PRIMARY, mark_hits
 from koret.evaluation.report import EvaluationReport, build_section
 from koret.evaluation.scores import Scores
 from koret.evaluation.tasks import RetrievalTask
-from koret.files import write_file, write_json
+from koret.files import DiskFull, write_file, write_json
+from koret.retrieval.encoder import TextEncoder
 from koret.training.preparation import Job
 
 
@@ -54,6 +58,29 @@ def read_scores(folder: Path, name: str) -> list[Scores]:
         rankings, similarities = arrays[f"{number}/rankings"].astype(np.int64), arrays[f"{number}/similarities"]
         scores.append(Scores(one["system"], one["task"], values, rankings, similarities))
     return scores
+
+
+def keep_base_scores(job: Job, encoder: TextEncoder, measure: Callable[[], list[Scores]]) -> tuple[list[Scores], bool]:
+    """What ``measure`` says of an untrained encoder, and whether that was known from an earlier training.
+
+    Kept beside the prepared data, under a hash of weights, precision and tasks, so that ten trainings on the same
+    data score their base once. Scores that cannot be read are measured again.
+    """
+    if job.dataset.directory is None:
+        return measure(), False
+    tasks = [evaluator.task for evaluator in job.evaluators]
+    facts = [encoder.fingerprint(), encoder.precision, encoder.device.type, encoder.slow_path_reason]
+    facts += [(task.name, task.query_ids, task.fingerprint()) for task in tasks]
+    name = f"base-scores-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+    try:
+        return read_scores(job.dataset.directory, name), True
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        scores = measure()
+    try:
+        write_scores(job.dataset.directory, name, 0, scores, tasks)
+    except (OSError, DiskFull):
+        pass  # kept scores only save time
+    return scores, False
 
 
 def conclude(job: Job, model_name: str, base: list[Scores], tuned: list[Scores]) -> EvaluationReport:
