@@ -42,8 +42,8 @@ def describe_settings() -> str:
     """A table of every TrainingConfig field."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(TrainingConfig):
-        default = ", ".join(f.default) if isinstance(f.default, tuple) else f.default
-        lines.append(f"| `{f.name}` | `{'none' if default is None else default}` | {f.metadata['help']} |")
+        default = ", ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        lines.append(f"| `{f.name}` | `{'none' if default in (None, '') else default}` | {f.metadata['help']} |")
     return "\n".join(lines)
 
 

@@ -22,13 +22,13 @@ def add_train(command: argparse.ArgumentParser) -> None:
     for f in dataclasses.fields(TrainingConfig):
         name = f.metadata["group"]
         group = groups.setdefault(name, command.add_argument_group(name))
-        default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         group.add_argument(
             "--" + f.name.replace("_", "-"),
             dest=f"setting_{f.name}",
             metavar="VALUE",
             nargs="*" if isinstance(f.default, tuple) else None,
-            help=f"{f.metadata['help']} (default {'none' if default is None else default})".replace("%", "%%"),
+            help=f"{f.metadata['help']} (default {'none' if default in (None, '') else default})".replace("%", "%%"),
         )
 
 

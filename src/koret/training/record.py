@@ -69,6 +69,8 @@ class RunRecord:
         require_same(run, "the data", run.data["fingerprint"], self.job.report["fingerprint"])
         before, now = ((report.get("mined") or {}).get("sha256") for report in (run.data, self.job.report))
         require_same(run, "the file of hard negatives", before, now)
+        before, now = ((report.get("guide") or {}).get("fingerprint") for report in (run.data, self.job.report))
+        require_same(run, "the guide model", before, now)
         require_same(run, "the base model", run.environment["model"]["fingerprint"], fingerprint)
 
     def reopen(self, resolved: dict[str, Any]) -> Snapshot | None:
