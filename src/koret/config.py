@@ -217,8 +217,8 @@ class TrainingConfig:
             ]
         if self.remine_every is not None and self.distillation != "none" and self.guide_model is None:
             problems.append(
-                "distillation: with remine_every the scores of mined negatives are the model's own and teach nothing; give "
-                "a guide_model as the teacher, or leave one of them out"
+                "distillation: with remine_every the scores of mined negatives are the model's own and teach nothing; "
+                "give a guide_model as the teacher, or leave one of them out"
             )
         if any(size < 1 for size in self.matryoshka_dims):
             problems.append("matryoshka_dims: every length must be at least 1")

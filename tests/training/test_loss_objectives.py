@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer import losses
 
 from koret.training.gradcache import embed_and_backward
 from koret.training.loss import info_nce
-from koret.training.objectives import Objective, Relations, find_limits, match_distributions, match_margins
+from koret.training.objectives import Objective, Relations, find_limits, find_peers, match_distributions, match_margins
 
 VARIANTS = {
     "plain": {},
@@ -80,6 +80,88 @@ def test_guided_filtering_equals_a_loop(kind):
     assert out and loss.guided.item() == out
     curated = batch._replace(curated=torch.ones(5, 6, dtype=torch.bool))
     assert objective.measure(unit(11, 4), curated, 20.0).guided.item() == 0
+
+
+class Given(torch.nn.Module):
+    """A model that is handed its vectors."""
+
+    def __init__(self, name="vectors"):
+        super().__init__()
+        self.name = name
+
+    def forward(self, features):
+        return {"sentence_embedding": features[self.name]}
+
+    def get_embedding_dimension(self):
+        return 7
+
+
+def say_vectors(*parts):
+    return [{"vectors": part} for part in parts]
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+@pytest.mark.parametrize("anchors", [False, True])
+def test_guided_filtering_equals_sentence_transformers(kind, anchors):
+    q, p, guide = unit(6, 1), unit(6, 2), unit(12, 3, 4)
+    reference = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)  # its constructor wants tokenizers
+    torch.nn.Module.__init__(reference)
+    reference.model, reference.guide = Given(), Given("guide")
+    reference.similarity_fct, reference.cross_entropy_loss = torch.nn.CosineSimilarity(-1), torch.nn.CrossEntropyLoss()
+    reference.must_retokenize = reference.gather_across_devices = reference.contrast_positives = False
+    reference.margin_strategy, reference.margin, reference.temperature = kind, 0.2, 0.05
+    reference.contrast_anchors = anchors
+    features = [{"vectors": v, "guide": g} for v, g in ((q, guide[:6]), (p, guide[6:]))]
+    wanted = reference(features, None).item()
+    at = torch.arange(12)
+    batch = Relations(at[:6], at[6:], at[:6], guide=guide)
+    objective = Objective(guide_margin=0.2, guide_margin_kind=kind, same_tower_negatives=anchors)
+    found = objective.measure(torch.cat([q, p]), batch, 20.0)
+    asked = 6 - found.skipped.item()  # there, a question without negatives counts as a loss of zero
+    assert found.guided.item() > 0 and found.value.item() * asked / 6 == pytest.approx(wanted)
+
+
+def test_truncations_equal_sentence_transformers():
+    q, p, at = unit(6, 1), unit(6, 2), torch.arange(12)
+    model = Given()
+    reference = losses.MatryoshkaLoss(
+        model, losses.MultipleNegativesRankingLoss(model, scale=20.0), [7, 4, 2], matryoshka_weights=[1 / 3] * 3
+    )
+    wanted = reference(say_vectors(q, p), None).item()
+    batch = Relations(at[:6], at[6:], at[:6])
+    found = Objective(matryoshka_dims=(4, 2)).measure(torch.cat([q, p]), batch, 20.0)
+    assert found.value.item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("guided", [False, True])
+def test_who_may_be_a_negative_on_ones_own_side_equals_a_loop(seed, guided):
+    """Pairs that share questions and targets, with known positives; every pair of texts decided by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs, questions, targets = 9, 5, 6
+    asked = torch.randint(questions, (pairs,), generator=generator)
+    own = torch.randint(targets, (pairs,), generator=generator)
+    known = torch.rand(pairs, targets, generator=generator) < 0.15
+    known[torch.arange(pairs), own] = True
+    vectors = unit(questions + targets, seed, 4)
+    batch = Relations(asked, questions + torch.arange(targets), own, known, guide=vectors if guided else None)
+    limit = None
+    if guided:
+        limit = find_limits(vectors[asked] @ vectors[questions:].T, own, 0.1, "absolute")
+    found = find_peers(unit(questions + targets, seed + 9), batch, limit)
+    for i in range(pairs):
+        for j in range(questions):
+            asking = [k for k in range(pairs) if asked[k] == j]  # the pairs of question j
+            tied = any(known[i, own[k]] or known[k, own[i]] for k in asking)
+            close = guided and (vectors[asked[i]] @ vectors[j] > limit[i]).item()
+            assert found.of_questions[i, j].item() == (not (asked[i] == j or tied or close))
+    for t in range(targets):
+        mine = [k for k in range(pairs) if own[k] == t]
+        for u in range(targets):
+            theirs = [k for k in range(pairs) if own[k] == u]
+            tied = any(known[k, u] for k in mine) or any(known[k, t] for k in theirs)
+            close = guided and any((vectors[questions + t] @ vectors[questions + u] > limit[k]).item() for k in mine)
+            assert found.of_targets[t, u].item() == (not (t == u or tied or close))
 
 
 def test_distillation_equals_sentence_transformers():

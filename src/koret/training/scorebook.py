@@ -60,16 +60,19 @@ def read_scores(folder: Path, name: str) -> list[Scores]:
     return scores
 
 
-def keep_base_scores(job: Job, encoder: TextEncoder, measure: Callable[[], list[Scores]]) -> tuple[list[Scores], bool]:
+def keep_base_scores(
+    job: Job, encoder: TextEncoder, fingerprint: str, measure: Callable[[], list[Scores]]
+) -> tuple[list[Scores], bool]:
     """What ``measure`` says of an untrained encoder, and whether that was known from an earlier training.
 
     Kept beside the prepared data, under a hash of weights, precision and tasks, so that ten trainings on the same
-    data score their base once. Scores that cannot be read are measured again.
+    data score their base once. ``fingerprint`` is the model's without adapters: fresh ones change nothing. Scores
+    that cannot be read are measured again.
     """
     if job.dataset.directory is None:
         return measure(), False
     tasks = [evaluator.task for evaluator in job.evaluators]
-    facts = [encoder.fingerprint(), encoder.precision, encoder.device.type, encoder.slow_path_reason]
+    facts = [fingerprint, encoder.precision, encoder.device.type, encoder.slow_path_reason]
     facts += [(task.name, task.query_ids, task.fingerprint()) for task in tasks]
     name = f"base-scores-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
     try:

@@ -324,7 +324,9 @@ class EmbeddingTrainer:
             if self.at.step:
                 scores, kept = self._score("tuned"), False
             else:
-                scores, kept = keep_base_scores(self.job, self.encoder, lambda: self._score("base"))
+                scores, kept = keep_base_scores(
+                    self.job, self.encoder, self.model_fingerprint, lambda: self._score("base")
+                )
         first = scores[0]
         self.record.logbook.record(self.at.step, name_metrics(scores))
         deciding = dict(zip(PRIMARY, first.sort_key, strict=True))
