@@ -205,16 +205,15 @@ class TrainingConfig:
             problems.append("scale: a learned scale is at most 100; start lower, or set learn_scale to false")
         if self.guide_model is not None and self.guide_margin is None and self.distillation == "none":
             problems.append("guide_model: has nothing to do; give guide_margin a number, or ask for a distillation")
-        idle = {
-            "guide_model": (self.guide_model is None, ("guide_margin", "guide_margin_kind")),
-            "distillation": (self.distillation == "none", ("distillation_weight",)),
-            "distillation kl": (self.distillation != "kl", ("distillation_temperature",)),
+        needs = {
+            "guide_margin": ("guide_model", self.guide_model is None),
+            "guide_margin_kind": ("guide_model", self.guide_model is None),
+            "distillation_weight": ("distillation", self.distillation == "none"),
+            "distillation_temperature": ("distillation kl", self.distillation != "kl"),
         }
-        for needed, (missing, names) in idle.items():
-            changed = [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-            problems += [
-                f"{name}: does nothing without {needed}; set that, or leave this out" for name in changed * missing
-            ]
+        for name, (needed, missing) in needs.items():
+            if missing and getattr(self, name) != getattr(type(self), name):
+                problems.append(f"{name}: does nothing without {needed}; set that, or leave this out")
         if self.remine_every is not None and self.distillation != "none" and self.guide_model is None:
             problems.append(
                 "distillation: with remine_every the scores of mined negatives are the model's own and teach nothing; "
