@@ -1,0 +1,284 @@
+"""Training beside its peers: seconds a step, tokens a second, peak memory, share of the machine's arithmetic.
+
+    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--tasks answer passage] [--batches 16 64] [--threads 2]
+                                     [--steps 3] [--rounds 2] [--arms koret naive ...] [--device cpu]
+
+Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
+with random weights and the offline base's tokenizer) on the same pairs, with dropout 0.1 on the adapters, AdamW and
+clipping. Each arm is a process of its own in every round, the order turning; its first step is not counted. Arms:
+
+  koret         koret train, everything at its defaults
+  naive         the loop many people have: transformers, PEFT, padded batches tokenised as they come
+  st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss
+  st-lean       the same without the base's dropout
+  st-bf16       the same in bfloat16
+  st-cached     the trainer at its defaults with CachedMultipleNegativesRankingLoss, 32 texts at a time
+
+Operations a token of n, with a frozen base of layers of P weights in products: 2 P forward and 2 P backward (no
+weight needs a gradient but the adapters, left out as under 1 %), and 12 C n for attention forward and backward. The
+limit is the fastest 2048 x 2048 product in float32 measured here. Tokens are real ones, distinct texts of a step once.
+Writes results/train_speed.json (train_speed_cuda.json); its table and picture are in docs/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from encode_speed import measure_products
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = {"answer": 64, "passage": 256}  # tokens a text is cut to
+LAYERS, WIDTH, INNER = 12, 384, 1536
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["query", "key", "value"]}
+Seconds = list[float]
+
+
+def build_model(folder: Path) -> None:
+    """The offline base's files with multilingual-e5-small's twelve layers of random weights."""
+    from transformers import BertConfig, BertModel
+
+    from koret.retrieval.encoder import load_encoder
+
+    load_encoder("offline", device="cpu").save(folder)
+    config = BertConfig.from_pretrained(folder)
+    config.num_hidden_layers = LAYERS
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+
+
+def make_config(data: str, model: Path, task: str, batch: int, steps: int, folder: Path) -> Any:
+    from koret.config import TrainingConfig
+
+    return TrainingConfig(
+        model_name=str(model), dataset_root=data, max_seq_length=LENGTHS[task], positives=task, batch_size=batch,
+        num_epochs=1, max_steps=steps, train_split=0.99, eval_samples=1, eval_corpus_size=1, log_every_n_steps=1,
+        log_gradients=False, save_steps=10**6, log_dir=str(folder), seed=1,
+    )  # fmt: skip
+
+
+def list_pairs(config: Any) -> tuple[list[list[tuple[str, str]]], list[int]]:
+    """The pairs of every step as koret will take them, and the length in tokens of every distinct text of a step."""
+    from koret.training.trainer import EmbeddingTrainer
+
+    trainer = EmbeddingTrainer(config, progress=False)
+    trainer._prepare()
+    pairs, lengths = [], []
+    for step in trainer.job.schedule.steps_after(0):
+        (rows,) = step.batches
+        table = trainer.job.pairs
+        pairs.append([(table.queries[row], table.texts[table.targets[row]]) for row in rows.tolist()])
+        lengths.append([len(text) for text in trainer.job.maker.make(rows).texts])
+    return pairs, lengths
+
+
+# ---------------------------------------------------------------- arms: seconds of every step
+
+
+def train_koret(work: dict[str, Any], folder: Path) -> Seconds:
+    from koret.training.trainer import EmbeddingTrainer
+
+    config = make_config(work["data"], work["model"], work["task"], work["batch"], work["steps"], folder)
+    run = EmbeddingTrainer(config, progress=False).train()
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [work["batch"] / line["train/pairs_per_second"] for line in lines if "train/pairs_per_second" in line]
+
+
+def train_naive(work: dict[str, Any], folder: Path) -> Seconds:
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, base = AutoTokenizer.from_pretrained(work["model"]), AutoModel.from_pretrained(work["model"])
+    model = get_peft_model(base, LoraConfig(**LORA)).to(work["device"]).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        inputs = tokenizer(
+            texts, padding=True, truncation=True, max_length=LENGTHS[work["task"]], return_tensors="pt"
+        ).to(work["device"])
+        hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+    seconds = []
+    for pairs in work["pairs"]:
+        began = time.perf_counter()
+        asked = embed([f"query: {question}" for question, _ in pairs])
+        found = embed([f"passage: {text}" for _, text in pairs])
+        loss = F.cross_entropy(20 * asked @ found.T, torch.arange(len(pairs), device=asked.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def train_peer(work: dict[str, Any], folder: Path, *, lean: bool = False, bf16: bool = False, cached: bool = False):
+    """SentenceTransformerTrainer; a step lasts from the end of the one before to its own."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+    from transformers import TrainerCallback
+
+    model = SentenceTransformer(str(work["model"]), device=work["device"])
+    model.max_seq_length = LENGTHS[work["task"]]
+    model.add_adapter(LoraConfig(**LORA, task_type="FEATURE_EXTRACTION"))
+    if lean:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Dropout) and "lora" not in name:
+                module.p = 0.0
+    loss = (
+        CachedMultipleNegativesRankingLoss(model, mini_batch_size=32) if cached else MultipleNegativesRankingLoss(model)
+    )
+    rows = [pair for pairs in work["pairs"] for pair in pairs]
+    columns = {"anchor": [f"query: {q}" for q, _ in rows], "positive": [f"passage: {text}" for _, text in rows]}
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if work["device"] == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=str(folder), max_steps=work["steps"], per_device_train_batch_size=work["batch"], learning_rate=1e-3,
+        bf16=bf16, use_cpu=work["device"] == "cpu", save_strategy="no", logging_strategy="no", report_to=[],
+        disable_tqdm=True, seed=1,
+    )  # fmt: skip
+    trainer = SentenceTransformerTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_dict(columns), loss=loss, callbacks=[Clock()]
+    )
+    trainer.train()
+    return np.diff(ends).tolist()
+
+
+ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
+    "koret": train_koret,
+    "naive": train_naive,
+    "st": train_peer,
+    "st-lean": lambda work, folder: train_peer(work, folder, lean=True),
+    "st-bf16": lambda work, folder: train_peer(work, folder, lean=True, bf16=True),
+    "st-cached": lambda work, folder: train_peer(work, folder, cached=True),
+}
+
+
+def work(name: str, task: Path) -> None:
+    """In a process of its own: train as arm ``name`` and print seconds of the steps and the peak of memory."""
+    given = json.loads(task.read_text(encoding="utf-8"))
+    torch.set_num_threads(given["threads"])
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = ARMS[name](given, Path(folder))
+    if given["device"] == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print("\n" + json.dumps({"seconds": seconds, "peak_bytes": peak}))
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def count_operations(lengths: Sequence[int]) -> float:
+    """Forward and backward of a step over texts of these lengths, as the module says."""
+    n = np.array(lengths, dtype=np.float64)
+    weights = 4 * WIDTH**2 + 2 * WIDTH * INNER
+    return float(LAYERS * (4 * weights * n.sum() + 12 * WIDTH * (n**2).sum()))
+
+
+def call(name: str, task: Path, threads: int) -> dict[str, Any]:
+    """One arm, once; ``error`` with its last words where it did not come through."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", name, str(task)], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return {"error": said[-1] if said else f"exit {done.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(options: argparse.Namespace, model: Path, task: str, batch: int, folder: Path, limit: float) -> dict:
+    config = make_config(str(options.data), model, task, batch, options.steps + 1, folder)
+    pairs, lengths = list_pairs(config)
+    given = {
+        "data": str(options.data), "model": str(model), "task": task, "batch": batch, "steps": options.steps + 1,
+        "pairs": pairs, "threads": options.threads, "device": options.device,
+    }  # fmt: skip
+    file = folder / f"{task}-{batch}.json"
+    file.write_text(json.dumps(given), encoding="utf-8")
+    tokens = float(np.mean([sum(step) for step in lengths[1:]]))
+    operations = float(np.mean([count_operations(step) for step in lengths[1:]]))
+    calls: dict[str, list[dict]] = {name: [] for name in options.arms}
+    for turn in range(options.rounds):
+        at = turn % len(options.arms)
+        for name in options.arms[at:] + options.arms[:at]:
+            calls[name].append(call(name, file, options.threads))
+    rows = {}
+    for name, found in calls.items():
+        if errors := [one["error"] for one in found if "error" in one]:
+            rows[name] = {"error": errors[0]}
+            print(f"  {name:10} {errors[0]}", flush=True)
+            continue
+        seconds = [s for one in found for s in one["seconds"][1:]]
+        took, peak = float(np.median(seconds)), max(one["peak_bytes"] for one in found)
+        rows[name] = {
+            "seconds": seconds, "median": took, "pairs_per_second": batch / took, "tokens_per_second": tokens / took,
+            "peak_bytes": peak, "share_of_limit": operations / took / limit,
+        }  # fmt: skip
+        print(f"  {name:10} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
+    return {"task": task, "batch": batch, "tokens": tokens, "operations": operations, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    options.data = options.data.resolve()
+    torch.set_num_threads(options.threads)
+    limit = measure_products(torch.float32, options.device)
+    result = {"device": options.device, "threads": options.threads, "limit": limit, "shape": [LAYERS, WIDTH, INNER]}
+    with tempfile.TemporaryDirectory() as place:
+        folder, cases = Path(place), []
+        build_model(folder / "model")
+        for task in options.tasks:
+            for batch in options.batches:
+                print(f"question -> {task}, batch {batch}", flush=True)
+                cases.append(measure(options, folder / "model", task, batch, folder, limit))
+    name = "train_speed" if options.device == "cpu" else f"train_speed_{options.device}"
+    (RESULTS / f"{name}.json").write_text(json.dumps({**result, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()
