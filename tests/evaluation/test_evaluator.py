@@ -1,14 +1,15 @@
 """Scores of encoders and BM25 on small tasks, against brute force, and the verdict on two of them."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from evaluation_examples import HashEncoder
 
-from koret.evaluation.evaluator import Evaluator, rank_articles
+from koret.evaluation.evaluator import WEIGHTS, Evaluator, rank_articles
 from koret.evaluation.metrics import compute_metrics
-from koret.evaluation.scores import format_p, judge, label
+from koret.evaluation.scores import Scores, format_p, judge, label
 from koret.evaluation.tasks import build_task
 
 
@@ -58,6 +59,51 @@ def test_bm25_and_fusion_on_the_same_queries(task, encoder):
     only_dense = evaluator.score_fusion(dense, lexical, weight=1.0)
     assert only_dense.metrics["mrr@10"] == pytest.approx(dense.metrics["mrr@10"])
     assert evaluator.score_fusion(dense, lexical, weight=0.4).system == "tuned + BM25 (w=0.4)"
+
+
+def make_scores(task, right, name):
+    """Rankings with the right text first where ``right`` (Q,), last elsewhere; the others in order."""
+    rows = np.array([
+        [gold, *others] if good else [*others, gold]
+        for gold, good in zip((r[0] for r in task.relevant), right, strict=True)
+        for others in [[row for row in range(len(task.corpus)) if row != gold]]
+    ])  # fmt: skip
+    similarities = np.tile(np.linspace(1, 0, rows.shape[1], dtype=np.float32), (len(rows), 1))
+    return Scores(name, task.name, compute_metrics(rows, task.relevant), rows, similarities)
+
+
+def test_a_weight_is_learned_on_other_articles_only(task):
+    """Dense is right on one half of the articles, BM25 on the other: what helps an article is learned elsewhere."""
+    evaluator = Evaluator(task)
+    half = np.isin(task.groups, np.unique(task.groups)[::2])
+    dense, lexical = make_scores(task, half, "tuned"), make_scores(task, ~half, "BM25")
+    learned = evaluator.score_learned_fusion(dense, lexical)
+    by_weight = {w: evaluator.score_fusion(dense, lexical, w).per_query["ndcg@10"] for w in WEIGHTS}
+    groups = np.unique(task.groups)
+    folds = np.random.default_rng(0).permutation(len(groups)) % 5
+    wanted = np.empty(len(task.groups))
+    for query, group in enumerate(task.groups):
+        others = folds[np.searchsorted(groups, task.groups)] != folds[np.searchsorted(groups, group)]
+        best = max(WEIGHTS, key=lambda w: by_weight[w][others].mean())
+        wanted[query] = by_weight[best][query]
+    assert learned.per_query["ndcg@10"] == pytest.approx(wanted)
+    again = compute_metrics(learned.rankings, task.relevant)
+    assert all(np.allclose(again[name], values) for name, values in learned.per_query.items())
+
+
+@pytest.mark.parametrize("strong", [True, False])
+def test_a_learned_weight_follows_the_stronger_side(task, strong):
+    evaluator = Evaluator(task)
+    dense, lexical = (make_scores(task, np.full(len(task.groups), right), "x") for right in (strong, not strong))
+    learned = evaluator.score_learned_fusion(dense, lexical)
+    assert learned.metrics["ndcg@10"] > 0.98 > evaluator.score_fusion(dense, lexical).metrics["ndcg@10"]
+    assert (evaluator.choose_weight(dense, lexical) > 0.5) == strong
+
+
+def test_questions_of_one_article_teach_no_weight(task, encoder):
+    one = dataclasses.replace(task, groups=np.zeros_like(task.groups))
+    evaluator = Evaluator(one)
+    assert evaluator.score_learned_fusion(evaluator.score(encoder), evaluator.score_lexical()) is None
 
 
 def test_replaced_queries_are_scored_instead(task, encoder):

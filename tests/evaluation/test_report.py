@@ -32,6 +32,9 @@ def panel(tmp_path_factory):
     return folder
 
 
+FUSIONS = ["tuned + BM25 (RRF)", "tuned + BM25 (learned)"]
+
+
 class Forgetful(HashEncoder):
     """Good at home, blind to texts made of 낱말."""
 
@@ -61,8 +64,8 @@ def test_better_here_and_worse_elsewhere_is_said_aloud(report):
 
 def test_every_system_and_task_is_there(report):
     passage, answer = report.sections
-    assert [row.role for row in passage.rows] == ["base", "model", "lexical", "fusion"]
-    assert [row.system for row in passage.rows] == ["base", "tuned", "BM25 bigrams", "tuned + BM25 (RRF)"]
+    assert [row.role for row in passage.rows] == ["base", "model", "lexical", "fusion", "fusion"]
+    assert [row.system for row in passage.rows] == ["base", "tuned", "BM25 bigrams", *FUSIONS]
     assert (passage.task.name, answer.task.name) == ("question → passage", "question → answer")
     assert passage.strongest == "BM25 bigrams" and passage.lexical.task == passage.task.name
     assert any("BM25 bigrams" in line for line in passage.lines)
@@ -95,7 +98,7 @@ def test_json_is_whole_and_valid(report):
     assert first["verdict"]["difference"] == pytest.approx(report.sections[0].gaps["ndcg@10"].mean)
     assert {e["query"] for e in first["task"]["excluded"]} == {"설악산-3", "북한산-3"}
     assert set(first["differences"]) == set(PRIMARY)
-    assert len(first["systems"]) == 4 and first["systems"][0]["recall_curve"]["1"]["mean"] >= 0
+    assert len(first["systems"]) == 5 and first["systems"][0]["recall_curve"]["1"]["mean"] >= 0
 
 
 def test_files_and_one_page_with_everything_in_it_escaped(report, tmp_path):
@@ -131,7 +134,7 @@ def test_trec_files_give_trec_eval_the_same_numbers(report, tmp_path):
         qrels = pytrec_eval.parse_qrel(lines)
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map", "recall.10"})
     for scores in report.sections[0].scores:
-        name = {"base": "base", "tuned": "tuned", "BM25 bigrams": "bm25-bigrams"}.get(scores.system, "tuned-bm25-rrf")
+        name = re.sub("[^a-z0-9]+", "-", scores.system.lower()).strip("-")
         with open(files[f"question-passage-{name}.run"]) as lines:
             found = evaluator.evaluate(pytrec_eval.parse_run(lines))
         for ours, theirs in (("ndcg@10", "ndcg_cut_10"), ("map", "map"), ("recall@10", "recall_10")):

@@ -31,18 +31,16 @@ def _make_run(folder, fingerprint, **settings):
 def test_a_run_is_asked_what_it_held_out(dataset, tmp_path):
     run = _make_run(tmp_path / "run_1", dataset.fingerprint)
     chosen = select_questions(dataset, trained=[run])
-    train, held_out = split_articles(dataset, 0.7, 1)
+    held_out = split_articles(dataset, 0.7, 1)[1]
     assert chosen.split == "held-out" and chosen.asked.tolist() == held_out.tolist()
     assert set(chosen.tasks[0].groups.tolist()) <= set(held_out.tolist())
     assert chosen.audit().clean and chosen.describe()["articles_asked"] == len(held_out)
-    tuning = chosen.build_tuning_task()
-    assert set(tuning.groups.tolist()) <= set(train.tolist()) and len(tuning.queries) > 10
 
 
 def test_asking_everything_of_a_run_is_not_clean(dataset, tmp_path):
     run = _make_run(tmp_path / "run_1", dataset.fingerprint)
     chosen = select_questions(dataset, trained=[run], split="all")
-    assert len(chosen.asked) == 10 and chosen.build_tuning_task() is None
+    assert len(chosen.asked) == 10
     assert not chosen.audit().clean and "NOT CLEAN" in chosen.audit().sentence
 
 
@@ -95,7 +93,7 @@ def test_the_embedded_sample_opens_as_the_models_tokens_cut_it():
     section = report.sections[0]
     assert len(section.task.queries) <= 60 and section.rows[0].system == "model"
     assert 0.3 < section.find_row("lexical").metrics["ndcg@10"].mean < 0.95  # neither trivial nor hopeless
-    assert report.data["source"] == "sample" and report.data["fusion_weight"] in [w / 10 for w in range(1, 10)]
+    assert report.data["source"] == "sample" and report.data["fusion_weight"] in [w / 10 for w in range(11)]
 
 
 def test_models_are_compared_by_name(dataset, encoder, weak_encoder):

@@ -44,7 +44,7 @@ def add_search(command: argparse.ArgumentParser) -> None:
         "--weight",
         type=float,
         metavar="W",
-        help="hybrid: share of the dense score, 0 to 1 (default: learned on training questions, else reciprocal rank)",
+        help="hybrid: share of the dense score, 0 to 1 (default: learned on held-out questions, else reciprocal rank)",
     )
     command.add_argument("--model", dest="encoder", metavar="MODEL", help="with an index: where its model lies now")
     command.add_argument("--json", action="store_true", help="print the hits as JSON")

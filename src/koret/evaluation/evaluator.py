@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from koret.data.loader import Dataset
 
 ARTICLE_DEPTH = 10
+WEIGHTS = tuple(step / 10 for step in range(11))  # of the dense score, that a fusion may have
+FOLDS = 5
 LEXICAL_NAMES = {"bigram": "BM25 bigrams", "kiwi": "BM25 morphemes", "whitespace": "BM25 words"}
 #: (query rows, k) -> corpus rows (Q, K), -1 where there is none, and scores (Q, K)
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -84,6 +86,39 @@ class Evaluator:
         values = compute_metrics(ranked[0], self.task.relevant, self.ks)
         name = f"{dense.system} + BM25 ({how})"
         return Scores(name, self.task.name, values, *ranked, {"encode": 0.0, "search": time.perf_counter() - start})
+
+    def choose_weight(self, dense: Scores, lexical: Scores) -> float:
+        """The weight of the dense score that fuses best over all questions; of equal ones the lowest.
+
+        For questions to come: the score of these questions at this weight flatters (``score_learned_fusion`` does
+        not). The model must not have been trained on them, or it will look better than it is.
+        """
+        return max(WEIGHTS, key=lambda w: self.score_fusion(dense, lexical, w).metrics[PRIMARY[0]])
+
+    def score_learned_fusion(self, dense: Scores, lexical: Scores) -> Scores | None:
+        """Fusion by a weight learned for every question on the questions of other articles; None with fewer than two.
+
+        Cross-fitting in at most five folds of whole groups (Stone 1974, cross-validatory choice), so no question has
+        a say in its own weight. Training questions would not do: the model knows their passages, and the weight comes
+        out far too high.
+        """
+        groups, place = np.unique(self.task.groups, return_inverse=True)
+        if len(groups) < 2:
+            return None
+        order = np.random.default_rng(0).permutation(len(groups))
+        fold = (order % min(FOLDS, len(groups)))[place.reshape(-1)]  # (Q,)
+        fused = [self.score_fusion(dense, lexical, weight) for weight in WEIGHTS]
+        found = np.stack([scores.per_query[PRIMARY[0]] for scores in fused])  # (W, Q)
+        chosen = np.array([found[:, fold != own].mean(axis=1).argmax() for own in range(fold.max() + 1)])
+        pick = chosen[fold]
+
+        def gather(arrays: list[np.ndarray]) -> np.ndarray:
+            return np.stack(arrays)[pick, np.arange(len(pick))]
+
+        values = {name: gather([scores.per_query[name] for scores in fused]) for name in fused[0].per_query}
+        name = f"{dense.system} + BM25 (learned)"
+        ranked = [gather([getattr(scores, part) for scores in fused]) for part in ("rankings", "similarities")]
+        return Scores(name, self.task.name, values, *ranked, {"encode": 0.0, "search": fused[0].seconds["search"]})
 
     def _score(self, system: str, search: Search, encoded: float) -> Scores:
         start = time.perf_counter()
@@ -207,12 +242,13 @@ def evaluate(
     others = [read_beir(folder) for folder in extra]
     loaded = time.perf_counter()
     tokenizers = (("bigram", "kiwi") if bm25 else ()) if isinstance(bm25, bool) else tuple(bm25)
-    weight = _tune_weight(chosen.build_tuning_task() if tokenizers else None, encoders["model"], progress)
     sections = [
-        _evaluate_task(task, encoders, tokenizers, weight, chosen.dataset, probes=probes, progress=progress)
+        _evaluate_task(task, encoders, tokenizers, chosen.dataset, probes=probes, progress=progress)
         for task in chosen.tasks
     ]
-    further = [_evaluate_task(task, encoders, tokenizers[:1], None, progress=progress) for task in others]
+    further = [_evaluate_task(task, encoders, tokenizers[:1], progress=progress) for task in others]
+    dense, lexical = (sections[0].find_scores(role) for role in ("model", "lexical"))
+    weight = None if lexical is None else Evaluator(chosen.tasks[0]).choose_weight(dense, lexical)
     audit = chosen.audit(others)
     done = time.perf_counter()
     encoding = sum(encoder.seconds for encoder in encoders.values())
@@ -231,7 +267,6 @@ def _evaluate_task(
     task: RetrievalTask,
     encoders: dict[str, Remembering],
     tokenizers: Sequence[Tokenizer],
-    weight: float | None,
     dataset: Dataset | None = None,
     *,
     probes: bool = False,
@@ -245,8 +280,8 @@ def _evaluate_task(
         lexical = [job.result() for job in counting]
     fused = []
     if lexical:
-        weights = [None] if weight is None else [None, weight]
-        fused = [evaluator.score_fusion(dense["model"], lexical[0], share) for share in weights]
+        pair = dense["model"], lexical[0]
+        fused = [evaluator.score_fusion(*pair), *filter(None, [evaluator.score_learned_fusion(*pair)])]
     on_passages = dataset is not None and task.passage_rows is not None
     labels = label_queries(dataset, task) if on_passages else None
     section = build_section(task, dense["model"], dense.get("base"), lexical, fused, labels)
@@ -262,16 +297,6 @@ def _evaluate_task(
 
 def _score_again(evaluator: Evaluator, encoder: Encoder, name: str, queries: Sequence[str]) -> Scores:
     return evaluator.score(encoder, name, queries=queries)
-
-
-def _tune_weight(task: RetrievalTask | None, encoder: Encoder, progress: bool) -> float | None:
-    """The share of the dense score that fuses best with BM25 bigrams on training questions; None without any."""
-    if task is None:
-        return None
-    evaluator = Evaluator(task)
-    dense, lexical = evaluator.score(encoder, "dense", progress=progress), evaluator.score_lexical("bigram")
-    weights = [step / 10 for step in range(1, 10)]
-    return max(weights, key=lambda w: evaluator.score_fusion(dense, lexical, w).metrics[PRIMARY[0]])
 
 
 def open_encoder(model: str | Path | Encoder, max_seq_length: int | None) -> Remembering:

@@ -12,14 +12,12 @@ import numpy as np
 
 from koret import runs
 from koret.config import TrainingConfig
-from koret.data.columns import read_column
 from koret.data.loader import Dataset, find_cache_dir, load_dataset
 from koret.data.pairs import split_articles
 from koret.evaluation.audit import Audit, Texts, audit_overlap, take_evaluated, take_task, take_training
-from koret.evaluation.tasks import Kind, RetrievalTask, build_held_out_tasks, build_task
+from koret.evaluation.tasks import Kind, RetrievalTask, build_held_out_tasks
 
 SPLITS = ("auto", "all", "held-out")
-TUNING_QUESTIONS, TUNING_PASSAGES = 300, 2000
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class Selection:
     tasks: list[RetrievalTask]
     split: str  # all | held-out
     asked: np.ndarray  # rows of the articles asked about
-    trained: np.ndarray  # rows of the other articles of a held-out split
     training: Texts | None  # what the model was trained on; None: not known
-    seed: int
 
     def audit(self, extra: Sequence[RetrievalTask] = ()) -> Audit | None:
         """Leakage from training into the questions and the extra sets; None where training is not known."""
@@ -40,26 +36,6 @@ class Selection:
             return None
         name = "the held-out articles" if self.split == "held-out" else "the data set"
         return audit_overlap(self.training, [take_evaluated(self.dataset, self.asked, name), *map(take_task, extra)])
-
-    def build_tuning_task(self) -> RetrievalTask | None:
-        """Training questions over passages of their articles, to tune on; None where everything is asked."""
-        if not len(self.trained):
-            return None
-        rng = np.random.default_rng(self.seed)
-        article = read_column(self.dataset.questions, "article")
-        questions = np.flatnonzero(np.isin(article, self.trained))
-        if len(questions) > TUNING_QUESTIONS:
-            questions = np.sort(rng.choice(questions, TUNING_QUESTIONS, replace=False))
-        owner = read_column(self.dataset.passages, "article")
-        passages = np.flatnonzero(np.isin(owner, article[questions]))
-        gold = read_column(self.dataset.questions, "best")[questions]
-        others = np.setdiff1d(passages, gold)
-        room = min(max(TUNING_PASSAGES - len(passages) + len(others), 0), len(others))
-        passages = np.union1d(gold[gold >= 0], rng.choice(others, room, replace=False))
-        try:
-            return build_task(self.dataset, questions, passages, "passage", "training questions")
-        except ValueError:
-            return None
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -110,7 +86,7 @@ def select_questions(
     tasks = build_held_out_tasks(
         dataset, train, held_out, kinds, corpus_size=settings.eval_corpus_size, samples=max_queries, seed=settings.seed
     )
-    return Selection(dataset, tasks, split, held_out, train, training, settings.seed)
+    return Selection(dataset, tasks, split, held_out, training)
 
 
 def open_data(

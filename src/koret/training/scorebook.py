@@ -95,4 +95,6 @@ def conclude(job: Job, model_name: str, base: list[Scores], tuned: list[Scores])
     audit = audit_overlap(
         take_training(job.dataset, job.train, "the training articles"), [take_evaluated(job.dataset, job.held_out)]
     )
-    return EvaluationReport("tuned", model_name, job.report, sections, audit=audit)
+    dense, lexical = (sections[0].find_scores(role) for role in ("model", "lexical"))
+    weight = job.evaluators[0].choose_weight(dense, lexical)  # for hybrid search with the saved model
+    return EvaluationReport("tuned", model_name, {**job.report, "fusion_weight": weight}, sections, audit=audit)
