@@ -35,8 +35,15 @@ def find_finished(log_dir: Path, seed: int) -> runs.Run | None:
 
 def train(data: Path, log_dir: Path, seed: int) -> runs.Run:
     command = [sys.executable, "-m", "koret.cli", "train", "--config", str(RECIPE), "--dataset-root", str(data)]
-    subprocess.run([*command, "--log-dir", str(log_dir), "--seed", str(seed)], check=True)
-    return find_finished(log_dir, seed)
+    process = subprocess.Popen([*command, "--log-dir", str(log_dir), "--seed", str(seed)])
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"koret train ended with {process.returncode}")
+    run = find_finished(log_dir, seed)
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    write_json(run.path / "cost.json", {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": peak})
+    return run
 
 
 def read_result(run: runs.Run) -> dict:
@@ -52,6 +59,7 @@ def read_result(run: runs.Run) -> dict:
         "pairs_per_second": float(np.median(speeds)),
         "systems": {row["role"]: {m: row["metrics"][m] for m in METRICS} for row in task["systems"]},
         "verdict": run.verdict,
+        **json.loads((run.path / "cost.json").read_bytes()),
     }
 
 
@@ -71,7 +79,8 @@ def main() -> None:
         means = {m: np.mean([r["systems"][role][m]["mean"] for r in results]) for m in METRICS}
         print(f"{role:<8}", "  ".join(f"{m} {value:.4f}" for m, value in means.items()))
     for result in results:
-        print(f"seed {result['seed']}: {result['verdict']['sentence']}")
+        cost = f"{result['cpu_seconds'] / 60:.1f} CPU minutes, {result['peak_bytes'] / 2**20:,.0f} MB"
+        print(f"seed {result['seed']}: {result['verdict']['sentence']} ({cost})")
 
 
 if __name__ == "__main__":
