@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import re
 import signal
@@ -67,9 +68,9 @@ def encoder(small) -> TextEncoder:
 
 def listen(encoder: TextEncoder, **options):
     """A running server in a thread: (base address, service)."""
-    service = Service(encoder, "small", options.pop("max_queue", 4096))
+    service, most = Service(encoder, "small", options.pop("max_queue", 4096)), options.pop("max_connections", None)
     app, own = make_app(service, **options), bind("127.0.0.1", 0)
-    return service, server.PatientServer(app).serve_in_background(own)
+    return service, server.PatientServer(app, most).serve_in_background(own)
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +290,31 @@ def test_a_full_queue_answers_429_and_those_waiting_are_answered(encoder, monkey
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert values["koret_requests_total", "429"] == 1 and values["koret_requests_total", "200"] == 3
+
+
+def test_idle_connections_give_way_and_the_one_being_answered_stays(encoder, monkeypatch):
+    service, serving = listen(encoder, max_connections=3)
+    opened, entered = hold(service, monkeypatch)
+    with serving as address:
+        host, port = address.removeprefix("http://").split(":")
+        with ThreadPoolExecutor(1) as callers:
+            running = callers.submit(post, address, {"model": "small", "input": "가"})
+            assert entered.wait(30)
+            idle = []
+            for _ in range(4):
+                idle.append(socket.create_connection((host, int(port)), timeout=10))
+                time.sleep(0.05)
+            for one in idle[:2]:  # one busy and the last two idle ones are held
+                with contextlib.suppress(ConnectionResetError):
+                    assert one.recv(1) == b""
+            idle[2].settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                idle[2].recv(1)
+            opened.set()
+            assert running.result().status_code == 200
+        for one in idle:
+            one.close()
+    service.batcher.close()
 
 
 def test_a_client_that_hangs_up_frees_its_place(encoder, monkeypatch):

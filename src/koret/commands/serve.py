@@ -24,6 +24,10 @@ def add_serve(command: argparse.ArgumentParser) -> None:
         "--max-queue", type=int, default=4096, metavar="N",
         help="texts that may wait; beyond that a request is answered with 429 and when to come back (default 4096)",
     )  # fmt: skip
+    command.add_argument(
+        "--max-connections", type=int, default=256, metavar="N",
+        help="connections held open; beyond that the one that has waited longest to ask is closed (default 256)",
+    )  # fmt: skip
     command.add_argument("--api-key-env", metavar="NAME", help="ask for the key in this environment variable")
     command.add_argument("--served-name", metavar="NAME", help="what clients call the model (default: the run's name)")
     command.add_argument(
@@ -40,8 +44,9 @@ def serve_model(options: argparse.Namespace) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"koret serve needs {' and '.join(missing)}: pip install 'koret[serve]'")
-    if options.max_queue < 1:
-        raise ValueError(f"--max-queue must be at least 1, not {options.max_queue}")
+    for name, value in (("--max-queue", options.max_queue), ("--max-connections", options.max_connections)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     key = read_key(options.api_key_env)
     from koret.web import server as listening
 
@@ -62,7 +67,7 @@ def serve_model(options: argparse.Namespace) -> None:
             f"(ready in {time.perf_counter() - began:.1f} s)"
         )
         _say_where(options, own.getsockname()[1], with_key=key is not None)
-        server.serve(app, own)
+        server.serve(app, own, options.max_connections)
         service.batcher.close()
     print("stopped: every accepted request was answered", flush=True)
 

@@ -20,8 +20,9 @@ class PatientProtocol(H11Protocol):
     uvicorn itself limits only the pause between two requests. A body's time is ``protection``'s.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, most_connections: int | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._most_connections = most_connections or CONNECTIONS
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._waits_since = 0.0
@@ -29,7 +30,7 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_header()
-        if len(self.connections) > CONNECTIONS:
+        if len(self.connections) > self._most_connections:
             idle = [one for one in self.connections if isinstance(one, PatientProtocol) and one._header_timer]
             min(idle, key=lambda one: one._waits_since).transport.abort()
 

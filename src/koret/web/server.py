@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -32,12 +33,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with the limits of ``connection``; ``started`` turns true once it listens."""
+    """uvicorn with the limits of ``connection``; ``started`` turns true once it listens.
 
-    def __init__(self, app: Any) -> None:
+    ``most_connections`` are held open at a time; None: the usual number.
+    """
+
+    def __init__(self, app: Any, most_connections: int | None = None) -> None:
         config = uvicorn.Config(
             app,
-            http=PatientProtocol,
+            http=partial(PatientProtocol, most_connections=most_connections),
             loop="asyncio",
             ws="none",
             lifespan="off",
