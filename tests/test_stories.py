@@ -45,6 +45,19 @@ def run(tmp_path_factory) -> Path:
     return path
 
 
+def test_a_run_that_failed_says_why(tmp_path, capsys):
+    run = tmp_path / "run_20251103_143022"
+    run.mkdir()
+    why = "step 7: the loss is nan, so it was not applied and the run stops [questions q1, q2]"
+    status = {"state": "failed", "step": 6, "total_steps": 1200, "best": None, "reason": why}
+    (run / "status.json").write_text(json.dumps(status), encoding="utf-8")
+    assert cli.main(["runs", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "failed after step 6 of 1,200" in shown and why in shown
+    assert cli.main(["runs", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reason"] == why
+
+
 def test_the_run_directory_holds_what_is_promised(run):
     present = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     for name in (

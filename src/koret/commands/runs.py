@@ -80,9 +80,15 @@ RUN_PARTS = ("config", "data", "base", "final", "verdict")
 
 def show_run(run: runs.Run, as_json: bool, console: Console) -> None:
     if as_json:
-        print_json({"path": str(run.path), "state": run.state, **{k: getattr(run, k) for k in RUN_PARTS}})
+        reason = {"reason": run.status["reason"]} if run.status.get("reason") else {}
+        parts = {name: getattr(run, name) for name in RUN_PARTS}
+        print_json({"path": str(run.path), "state": run.state, **reason, **parts})
         return
-    console.print(f"[bold]{escape(str(run.path))}[/]  {run.state}", highlight=False)
+    console.print(
+        f"[bold]{escape(str(run.path))}[/]  {run.state}{say_progress(run.status)}", highlight=False, soft_wrap=True
+    )
+    if run.status.get("reason"):
+        console.print(f"  {escape(run.status['reason'])}", highlight=False, soft_wrap=True)
     for part in RUN_PARTS:
         values = getattr(run, part)
         if not values:
@@ -92,6 +98,13 @@ def show_run(run: runs.Run, as_json: bool, console: Console) -> None:
             shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
             shown = f"{value:.4f}" if isinstance(value, float) and part in ("base", "final") else shown
             console.print(f"  {key:<28} {escape(str(shown))}", highlight=False, soft_wrap=True)
+
+
+def say_progress(status: dict[str, Any]) -> str:
+    """Where a run that did not finish stands."""
+    if status.get("state") == "finished" or not status.get("total_steps"):
+        return ""
+    return f" after step {status.get('step', 0):,} of {status['total_steps']:,}"
 
 
 def tabulate_differences(names: list[str], rows: list[runs.Difference]) -> Table:
