@@ -19,13 +19,13 @@ COLUMNS = (*PRIMARY, "recall@1", "recall@100", "precision@10", "article/recall@1
 _STYLE = """
 :root { color-scheme: light; --ink: #22262b; --soft: #5d646d; --rule: #d9dde3; --good: #1d7a4c; --bad: #b3402a; }
 body { font: 15px/1.55 system-ui, "Noto Sans KR", "Apple SD Gothic Neo", "Malgun Gothic", sans-serif; color: var(--ink);
-  max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
+  max-width: 66rem; margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; } p { margin: .5rem 0; } .soft { color: var(--soft); }
 .verdict { border-left: 5px solid var(--soft); padding: .5rem 1rem; margin: 1.2rem 0; background: #f6f7f9; }
 .verdict.better { border-color: var(--good); } .verdict.worse, .verdict.mixed { border-color: var(--bad); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th, td { padding: .3rem .6rem .3rem 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr.model td { font-weight: 600; } td small { color: var(--soft);
   font-weight: 400; } .better { color: var(--good); } .worse { color: var(--bad); } .verdict.better, .verdict.worse {
   color: inherit; } svg { max-width: 100%; height: auto; } details { margin: .4rem 0; } summary { cursor: pointer; }
