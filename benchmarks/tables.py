@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +113,94 @@ def web_load() -> str:
     return f"Started in {found['start_s']} s.\n\n" + format_rows(head, table)
 
 
+SYSTEMS = {"base": "base", "model": "**tuned**", "lexical": "BM25 bigrams"}
+KOREAN = {"base": "베이스", "model": "**학습한 모델**", "lexical": "BM25 바이그램"}
+METRICS = {"ndcg@10": "nDCG@10", "map": "MAP", "mrr@10": "MRR@10", "recall@10": "recall@10"}
+
+
+def korquad1() -> str:
+    """Every seed, the mean, the verdicts and what a run cost."""
+    found, rows = read("korquad1")["runs"], []
+    for run in found:
+        for number, (role, name) in enumerate(SYSTEMS.items()):
+            cells = [run["systems"][role][metric] for metric in METRICS]
+            shown = [f"{cell['mean']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})" for cell in cells]
+            rows.append(
+                [*([str(run["seed"]), f"{run['task']['queries']:,}"] if not number else ["", ""]), name, *shown]
+            )
+    means = [["mean" if row[0] == "base" else "", "", *row] for row in average_systems(SYSTEMS)]
+    said = [f"- seed {run['seed']}: {say_difference(run['verdict'])}; {run['cpu_seconds'] / 60:.1f} CPU minutes, "
+            f"{run['peak_bytes'] / 2**30:.1f} GB at the peak" for run in found]  # fmt: skip
+    return (
+        format_rows(["seed", "questions", "system", *METRICS.values()], [*rows, *means]) + "\n" + "\n".join(said) + "\n"
+    )
+
+
+def say_difference(verdict: dict[str, Any]) -> str:
+    gap = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**verdict)
+    return f"tuned - base {gap} nDCG@10: {verdict['verdict']}"
+
+
+def average_systems(names: dict[str, str]) -> list[list[str]]:
+    runs = read("korquad1")["runs"]
+    return [
+        [name, *(f"{fmean(run['systems'][role][metric]['mean'] for run in runs):.3f}" for metric in METRICS)]
+        for role, name in names.items()
+    ]
+
+
+def korquad1_means() -> str:
+    return format_rows(["", *METRICS.values()], average_systems({**SYSTEMS, "model": "**tuned with koret**"}))
+
+
+def korquad1_means_ko() -> str:
+    return format_rows(["", *METRICS.values()], average_systems(KOREAN))
+
+
+def hybrid() -> str:
+    """Every seed's systems and the curve of weights."""
+    parts = []
+    for run in read("hybrid")["runs"]:
+        rows = []
+        for name, row in run["systems"].items():
+            gap = run["differences"].get(name, {}).get("BM25 bigrams")
+            said = "{mean:+.4f} [{low:+.4f}, {high:+.4f}], {outcome}".format(**gap) if gap else ""
+            rows.append(
+                [name, *("{mean:.3f} ({low:.3f}–{high:.3f})".format(**row[m]) for m in ("ndcg@10", "recall@10")), said]
+            )
+        missed, curve = run["missed_by_bm25"], [f"{value:.3f}" for value in run["weights"].values()]
+        parts.append(
+            f"Seed {run['seed']}, {run['task']['queries']:,} questions. Weight of the dense score learned on held-out "
+            f"questions {run['weight']}, on training questions {run['weight_of_training_questions']}. BM25 misses "
+            f"{missed['questions']} questions in its first ten, the tuned model finds {missed['found_by_tuned']} of "
+            "them.\n\n"
+            + format_rows(["system", "nDCG@10", "recall@10", "minus BM25 bigrams, nDCG@10"], rows)
+            + "\n" + format_rows(["weight", *run["weights"]], [["nDCG@10", *curve]])
+        )  # fmt: skip
+    return "\n".join(parts)
+
+
+def train_speed() -> str:
+    """A table a case: seconds a step, speed, memory and share of the machine's limit of every arm."""
+    found, parts = read("train_speed"), []
+    for case in found["cases"]:
+        arms = {name: row for name, row in case["rows"].items() if "error" not in row}
+        rows = [
+            [
+                name, f"{row['median']:.2f}", f"{arms['koret']['median'] / row['median']:.2f}",
+                f"{row['pairs_per_second']:.1f}", f"{row['tokens_per_second']:,.0f}",
+                f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['share_of_limit']:.0%}",
+            ]
+            for name, row in arms.items()
+        ]  # fmt: skip
+        head = ["arm", "s a step", "koret's time / this", "pairs/s", "tokens/s", "peak MB", "of the limit"]
+        parts.append(f"question -> {case['task']}, batch {case['batch']}\n\n" + format_rows(head, rows))
+    return (
+        "\n".join(parts)
+        + f"\nThe limit: {found['limit'] / 1e9:.0f} GFLOP/s in float32 on {found['threads']} threads.\n"
+    )
+
+
 def recipes() -> str:
     """The whole section, which benchmarks/recipes.py --report put there first."""
     import recipe_report
@@ -120,7 +209,20 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (index_speed, encode_speed, encode_hours, serve_load, web_load, recipes)
+    function.__name__: function
+    for function in (
+        index_speed,
+        encode_speed,
+        encode_hours,
+        serve_load,
+        web_load,
+        recipes,
+        korquad1,
+        korquad1_means,
+        korquad1_means_ko,
+        hybrid,
+        train_speed,
+    )  # fmt: skip
 }
 
 
@@ -131,7 +233,7 @@ def fill(text: str) -> str:
 
 def main() -> None:
     stale = []
-    for document in sorted((ROOT / "docs").glob("*.md")):
+    for document in sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")]):
         text = document.read_text(encoding="utf-8")
         filled = fill(text)
         if filled != text:

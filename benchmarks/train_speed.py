@@ -1,6 +1,6 @@
 """Training beside its peers: seconds a step, tokens a second, peak memory, share of the machine's arithmetic.
 
-    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--tasks answer passage] [--batches 16 64] [--threads 2]
+    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:16 answer:64 passage:16] [--threads 2]
                                      [--steps 3] [--rounds 2] [--arms koret naive ...] [--device cpu]
 
 Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
@@ -254,8 +254,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--tasks", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--cases", nargs="+", metavar="TASK:BATCH", default=["answer:16", "answer:64", "passage:16"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
@@ -269,10 +268,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, cases = Path(place), []
         build_model(folder / "model")
-        for task in options.tasks:
-            for batch in options.batches:
-                print(f"question -> {task}, batch {batch}", flush=True)
-                cases.append(measure(options, folder / "model", task, batch, folder, limit))
+        for task, batch in (case.split(":") for case in options.cases):
+            print(f"question -> {task}, batch {batch}", flush=True)
+            cases.append(measure(options, folder / "model", task, int(batch), folder, limit))
     name = "train_speed" if options.device == "cpu" else f"train_speed_{options.device}"
     (RESULTS / f"{name}.json").write_text(json.dumps({**result, "cases": cases}, indent=1) + "\n", encoding="utf-8")
 
