@@ -138,6 +138,26 @@ def test_half_written_document_has_no_version(url: str) -> None:
     assert store.find_versions(["d"]) == ["1"]
 
 
+def test_document_half_deleted_is_still_listed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MilvusStore.create(url, INFO, SIZE)
+    store.add(make_document("d", 3), make_vectors(3))
+    monkeypatch.setattr("koret.retrieval.milvus.ROWS", 1)
+    call, calls = store._connection.call, []
+
+    def break_off(name: str, **options: object) -> object:
+        calls.append(name)
+        if calls.count("delete") == 3:
+            raise KeyboardInterrupt
+        return call(name, **options)
+
+    monkeypatch.setattr(store._connection, "call", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        store.delete(["d"])
+    monkeypatch.setattr(store._connection, "call", call)
+    assert (store.count(), list(store.list_documents())) == (1, ["d"])
+    assert (store.delete(["d"]), store.count()) == (1, 0)
+
+
 def test_refuses_what_does_not_fit(url: str) -> None:
     store = MilvusStore.create(url, INFO, SIZE)
     long = Entry("d#1", "d", "", "가" * 30_000, "1")

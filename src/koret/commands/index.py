@@ -161,6 +161,10 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
         f"documents: {report.added:,} added, {report.changed:,} changed, {report.unchanged:,} unchanged{removed}; "
         f"{report.encoded:,} passages encoded in {report.seconds:,.1f} s"
     )
+    if report.unpruned:
+        print(make_printable(report.unpruned))
+    if report.spared:
+        print(f"{report.spared:,} documents kept as they were: the corpus holds them, but they cannot be read (below)")
     if report.cut_texts:
         print(f"{report.cut_texts:,} texts were longer than {info.passage_tokens} tokens and were cut into passages")
     if report.rejected:

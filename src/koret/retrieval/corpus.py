@@ -146,12 +146,12 @@ def _take_record(
     source: Source, number: int, record: dict[str, Any] | str, typed: bool = True
 ) -> tuple[Document, int, bool] | Reject:
     if isinstance(record, str):
-        return Reject(source.name, record, number)
+        return _reject(source, record, number)
     identity = next((str(record[name]) for name in IDENTITY if record.get(name) not in (None, "")), "")
     text = next((record[name] for name in TEXT if isinstance(record.get(name), str) and record[name].strip()), None)
-    if text is None:
-        return Reject(source.name, f"no text under '{TEXT[0]}'", number, id=identity)
     title = next((str(record[name]).strip() for name in ("title", *ARTICLE) if record.get(name)), "")
+    if text is None:
+        return _reject(source, f"no text under '{TEXT[0]}'", number, title, identity)
     metadata = {"title": title, **_take_metadata(record, typed)}
     kind = "html" if looks_like_html(text) else "page"
     return Document(identity, title, (text,), kind, _drop_empty(metadata)), number, bool(identity)
@@ -177,9 +177,9 @@ def _read_page(source: Source) -> tuple[Document, int, bool] | Reject:
     try:
         text = source.path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        return Reject(source.name, f"not UTF-8 (byte {error.start}): convert it", 0, id=source.name)
+        return _reject(source, f"not UTF-8 (byte {error.start}): convert it", 0, identity=source.name)
     except OSError as error:
-        return Reject(source.name, f"cannot be read: {error.strerror}", 0, id=source.name)
+        return _reject(source, f"cannot be read: {error.strerror}", 0, identity=source.name)
     is_html = source.path.suffix.lower() in (".html", ".htm")
     titled = re.search(r"<title[^>]*>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE | re.IGNORECASE)
     title = " ".join(titled[1].split()) if titled else source.path.stem
@@ -197,16 +197,21 @@ def _accept(document: Document, source: Source, position: int, named: bool, seen
     """The document with an id nobody had before, or a Reject for one that came before."""
     if named:
         if _is_known(document.id, seen):
-            return Reject(source.name, "the id came before", position, document.title, document.id)
+            return _reject(source, "the id came before", position, document.title, document.id)
         return document
     identity = document.title or f"{source.name}:{position}"
     if _is_known(f"{identity}\0{document.version}", seen):
-        return Reject(source.name, "the same document came before", position, document.title, identity)
+        return _reject(source, "the same document came before", position, document.title, identity)
     number, candidate = 1, identity
     while _is_known(candidate, seen):
         number += 1
         candidate = f"{identity} ({number})"
     return msgspec.structs.replace(document, id=candidate)
+
+
+def _reject(source: Source, reason: str, position: int, title: str = "", identity: str = "") -> Reject:
+    """A document lost, by its id or title where it has one."""
+    return Reject(source.name, reason, position, title, identity, is_article=True)
 
 
 def _is_known(text: str, seen: set[bytes]) -> bool:

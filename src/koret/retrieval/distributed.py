@@ -209,9 +209,8 @@ def _name_share(out: Path, rank: int) -> Path:
 
 
 def _add_up(reports: Sequence[BuildReport], last: BuildReport) -> BuildReport:
-    """One report over all shares. Every process meets every rejected record, so process 0's count for all."""
-    whole = BuildReport(rejected=reports[0].rejected, rejects=reports[0].rejects, removed=last.removed)
+    """One report over all shares; the last pass over the whole corpus met everything that was rejected."""
+    whole = msgspec.structs.replace(last, seconds=last.seconds + max(report.seconds for report in reports))
     for name in ("added", "changed", "unchanged", "encoded", "cut_texts"):
         setattr(whole, name, sum(getattr(report, name) for report in reports))
-    whole.seconds = last.seconds + max(report.seconds for report in reports)
     return whole

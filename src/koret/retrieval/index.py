@@ -20,11 +20,11 @@ from koret.data.korquad import Reject
 from koret.data.loader import find_cache_dir
 from koret.data.passages import join_heading, make_token_counter
 from koret.data.sources import DataError
+from koret.retrieval.census import Census
 from koret.retrieval.corpus import Document, cut_document, read_corpus
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.retrieval.lexical import fuse_ranks, fuse_scores
 from koret.retrieval.places import IndexInfo, create_store, describe_encoder, exists, open_store, resolve_model
-from koret.retrieval.postings import hash_text
 from koret.retrieval.store import Condition, Entry, Found, Store
 
 MODES = ("dense", "lexical", "hybrid")
@@ -51,11 +51,17 @@ class BuildReport(msgspec.Struct):
     changed: int = 0
     unchanged: int = 0
     removed: int = 0
+    spared: int = 0  # documents met again without a usable text: what is kept of them stays
+    unpruned: str = ""  # why pruning removed nothing
     encoded: int = 0  # passages
     cut_texts: int = 0  # texts longer than the window, cut into several passages
     rejected: int = 0
     rejects: list[Reject] = []
     seconds: float = 0.0
+
+    def note_reject(self, reject: Reject) -> None:
+        self.rejected += 1
+        self.rejects += [reject] if len(self.rejects) < LISTED else []
 
 
 class Index:
@@ -181,8 +187,9 @@ class Index:
 
     def _check_encoder(self, encoder: TextEncoder, fingerprint: str | None = None) -> TextEncoder:
         if (fingerprint or encoder.fingerprint()) != self.info.fingerprint:
+            changed = " as it is now (weights, prefixes or length)" if encoder.name == self.info.encoder else ""
             raise ValueError(
-                f"{self.location} was made with another model ({self.info.encoder}) than {encoder.name}: "
+                f"{self.location} was made with another model ({self.info.encoder}) than {encoder.name}{changed}: "
                 "search it with that one, or build an index of this one"
             )
         return encoder
@@ -207,9 +214,10 @@ def build_index(
     Documents whose content is in the index already are passed over, so the same command after a kill goes on where it
     was. ``dtype`` (float16 unless said) and ``lexical`` (('bigram',) unless said; Kiwi's morphemes cost minutes for
     each 100,000 passages) are fixed when the index is made, like ``passage_tokens`` (the encoder's length unless
-    said). ``prune`` removes documents that are not in the corpus. ``progress`` is told the passages encoded so far.
-    ``Index.report`` says what was done. Raises ValueError for another model or other settings than the index was made
-    with, and DataError for a corpus without a document.
+    said). ``prune`` removes the documents that are not in the corpus; one that is there and cannot be read stays
+    (``census``). ``progress`` is told the passages encoded so far. ``Index.report`` says what was done. Raises
+    ValueError for another model or other settings than the index was made with, and DataError for a corpus without a
+    document.
     """
     encoder = model if isinstance(model, TextEncoder) else load_encoder(model, max_seq_length=max_seq_length)
     documents = iter(read_corpus(corpus) if isinstance(corpus, (str, Path)) else corpus)
@@ -245,15 +253,28 @@ def _bring_up_to_date(
             raise ValueError(
                 f"{index.location} was made with {name} {kept}, not {value}: build another index, or leave it out"
             )
-    seen: set[int] = set()
-    report = index.add(_note_ids(documents, seen) if prune else documents, progress)
+    census = Census()
+    report = index.add(census.watch(documents) if prune else documents, progress)
     if not report.added + report.changed + report.unchanged:
         why = [f"; the first of {report.rejected} skipped: {r.source}: {r.reason}" for r in report.rejects[:1]]
         raise DataError(f"{corpus} holds no document to index{''.join(why)}")
     if prune:
-        gone = [name for name in index.store.list_documents() if hash_text(name) not in seen]
-        index.store.delete(gone)
-        report.removed = len(gone)
+        _remove_gone(index, census)
+
+
+def _remove_gone(index: Index, census: Census) -> None:
+    gone, unread = census.find_gone(index.store)
+    index.report.spared += unread
+    if gone and census.nameless:
+        lost = census.nameless
+        where = f"{lost.source}:{lost.position}" if lost.position else lost.source
+        index.report.unpruned = (
+            f"nothing removed: {len(gone):,} documents of the index are not in the corpus, or are records in it that "
+            f"cannot be read and have no id, such as {where}; mend those, or name the documents with --delete"
+        )
+        return
+    index.store.delete(gone)
+    index.report.removed = len(gone)
 
 
 def _add_approximate(index: Index) -> None:
@@ -276,32 +297,40 @@ def open_index(location: str | Path, model: str | Path | TextEncoder | None = No
 
 def skip_unchanged(
     store: Store, documents: Iterable[Document | Reject], report: BuildReport, together: int = 256
-) -> Iterator[Document]:
-    """The documents that the store has not, or has otherwise; the rest is counted in ``report``."""
+) -> Iterator[tuple[Document, bool]]:
+    """The documents that the store has not (True), or has otherwise (False); the rest is counted in ``report``."""
     for batch in _cut(documents, together):
         fresh = []
         for item in batch:
             if isinstance(item, Reject):
-                report.rejected += 1
-                report.rejects += [item] if len(report.rejects) < LISTED else []
+                report.note_reject(item)
             else:
                 fresh.append(item)
         for document, version in zip(fresh, store.find_versions([d.id for d in fresh]), strict=True):
             if version == document.version:
                 report.unchanged += 1
-                continue
-            report.added += version is None
-            report.changed += version is not None
-            yield document
+            else:
+                yield document, version is None
 
 
 def gather_segments(
-    documents: Iterable[Document], budget: int, count_tokens: Callable, report: BuildReport, size: int = SEGMENT
+    documents: Iterable[tuple[Document, bool]],
+    budget: int,
+    count_tokens: Callable,
+    report: BuildReport,
+    size: int = SEGMENT,
 ) -> Iterator[list[Entry]]:
-    """Passages of whole documents, about ``size`` together."""
+    """Passages of whole documents, about ``size`` together. One without any is a reject: what was kept of it stays."""
     waiting: list[Entry] = []
-    for document in documents:
+    for document, is_new in documents:
         entries, cut = cut_document(document, budget, count_tokens)
+        if not entries:
+            lost = Reject(document.id, "no text in it", 0, document.title, document.id, is_article=True)
+            report.note_reject(lost)
+            report.spared += not is_new
+            continue
+        report.added += is_new
+        report.changed += not is_new
         report.cut_texts += cut
         if waiting and len(waiting) + len(entries) > size:
             yield waiting
@@ -334,13 +363,6 @@ def _cut(items: Iterable, size: int) -> Iterator[list]:
             batch = []
     if batch:
         yield batch
-
-
-def _note_ids(documents: Iterable[Document | Reject], seen: set[int]) -> Iterator[Document | Reject]:
-    for item in documents:
-        if isinstance(item, Document):
-            seen.add(hash_text(item.id))
-        yield item
 
 
 # ---- details

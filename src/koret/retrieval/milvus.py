@@ -184,7 +184,9 @@ class MilvusStore:
             self._connection.call("delete", ids=stale[start : start + ROWS])
 
     def delete(self, documents: Sequence[str]) -> int:
-        keys = sorted({row["key"] for row in self._scan_documents(documents, ["key"])})
+        found = self._scan_documents(documents, ["key", "number"])
+        places = {row["key"]: (row["number"] == 1, row["key"]) for row in found}
+        keys = sorted(places, key=places.get)  # a document is listed by its first passage: it goes last
         for start in range(0, len(keys), ROWS):
             self._connection.call("delete", ids=keys[start : start + ROWS])
         return len(keys)
