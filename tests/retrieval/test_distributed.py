@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from koret.retrieval.distributed import Process, build_shares, choose_owner, find_process
+from koret.retrieval.distributed import build_shares
 from koret.retrieval.folder import FolderStore
+from koret.retrieval.processes import Process, choose_owner, find_process
 
 SETTINGS = {"dtype": "float32", "lexical": ("bigram",), "passage_tokens": 64}
 
@@ -125,15 +126,15 @@ def test_every_document_has_one_owner() -> None:
 
 
 def test_reads_the_launchers_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert find_process() == Process(0, 1, 0)
+    assert find_process() == Process(0, 1, 0, 1)
     monkeypatch.setenv("RANK", "5")
     with pytest.raises(ValueError, match="RANK=5 and WORLD_SIZE=1"):
         find_process()
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert find_process() == Process(5, 8, 1)
+    assert find_process() == Process(5, 8, 1, 2)
     with pytest.raises(ValueError, match="serves one process"):
         build_shares("offline", "corpus.jsonl", "milvus:x.db")
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from toys import SYLLABLES, build_tiny_model
 
-from conftest import SYLLABLES, build_tiny_model
 from koret.retrieval import encoder as encoder_module
 from koret.retrieval.encoder import load_encoder
 from koret.training.lora import get_lora_info, merge_lora, print_lora_info, save_adapter, setup_lora_model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from crashes import read_outcome
 from rich.console import Console
+from toys import make_dataset
 
-from conftest import make_dataset
 from koret import cli
 from koret.data.keys import fold_text, normalize_answer, text_key
 from koret.data.pairs import build_pairs, known_mask, split_articles

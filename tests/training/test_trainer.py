@@ -13,8 +13,8 @@ import pytest
 import torch
 from crashes import read_outcome
 from rich.console import Console
+from toys import make_dataset
 
-from conftest import make_dataset
 from koret.config import TrainingConfig
 from koret.retrieval.encoder import load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run

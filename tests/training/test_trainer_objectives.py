@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from toys import make_dataset
 
-from conftest import make_dataset
 from koret.config import TrainingConfig
 from koret.retrieval.encoder import load_encoder
 from koret.runs import find_runs, read_run

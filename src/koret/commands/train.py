@@ -33,13 +33,14 @@ def add_train(command: argparse.ArgumentParser) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
+    from koret.retrieval.processes import join_group
     from koret.training.trainer import EmbeddingTrainer
 
     console = Console(stderr=True) if options.json else open_console()
     if options.resume:
         changes = {k: v for k, v in given_settings(options).items() if k != "log_dir"}
         log_dir = options.setting_log_dir or TrainingConfig().log_dir
-        path = runs.resolve_run(options.resume, log_dir)
+        path = join_group().lead(runs.resolve_run, options.resume, log_dir)
         trainer = EmbeddingTrainer.resume(path, changes=changes, console=console)
     else:
         trainer = EmbeddingTrainer(read_config(options), console=console)
@@ -47,6 +48,8 @@ def train(options: argparse.Namespace) -> None:
         trainer.explain_plan()
         return
     run = trainer.train()
+    if not trainer.group.leads:  # one of several processes; the first speaks for all
+        return
     if options.json:
         print_json({"run": str(run.path), "model": str(run.model), "base": run.base, "final": run.final, **run.verdict})
         return

@@ -54,14 +54,22 @@ class Evaluator:
         Raises ValueError (or the encoder's own error) when a vector is not finite.
         """
         start = time.perf_counter()
+        vectors = self.encode(encoder, queries=queries, progress=progress)
+        return self.score_vectors(name or getattr(encoder, "name", "model"), *vectors, time.perf_counter() - start)
+
+    def encode(
+        self, encoder: Encoder, *, queries: Sequence[str] | None = None, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of the corpus (N, D) and of the queries (Q, D). Raises as ``score`` does."""
         corpus = encoder.encode(self.task.corpus, "passage", progress=progress)
         asked = encoder.encode(self.task.queries if queries is None else queries, "query", progress=progress)
-        encoded = time.perf_counter() - start
         self._require_shape(corpus, len(self.task.corpus), "corpus")
         self._require_shape(asked, len(self.task.queries), "query")
-        return self._score(
-            name or getattr(encoder, "name", "model"), lambda rows, k: find_top_k(asked[rows], corpus, k), encoded
-        )
+        return corpus, asked
+
+    def score_vectors(self, name: str, corpus: np.ndarray, asked: np.ndarray, encoded: float = 0.0) -> Scores:
+        """Search exactly with the vectors ``encode`` gave, and score; ``encoded`` are the seconds that took."""
+        return self._score(name, lambda rows, k: find_top_k(asked[rows], corpus, k), encoded)
 
     def score_lexical(self, tokenizer: Tokenizer = "bigram", queries: Sequence[str] | None = None) -> Scores:
         """BM25 on the same queries and corpus."""

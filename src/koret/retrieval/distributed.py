@@ -8,13 +8,10 @@ on several machines need a file system they share.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -25,38 +22,8 @@ from koret.retrieval.folder import FolderStore
 from koret.retrieval.index import BuildReport, Index, build_index
 from koret.retrieval.milvus_connection import parse_url
 from koret.retrieval.places import create_store, describe_encoder, exists, is_database, open_store
+from koret.retrieval.processes import Process, choose_device, find_process, join_group
 from koret.retrieval.store import Store
-
-PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
-
-
-class Process(NamedTuple):
-    """One of ``count`` processes; ``local`` is its number on its own machine."""
-
-    rank: int
-    count: int
-    local: int = 0
-
-    def owns(self, document: str) -> bool:
-        return choose_owner(document, self.count) == self.rank
-
-
-def find_process() -> Process:
-    """This process as its launcher numbered it (RANK, WORLD_SIZE, LOCAL_RANK); alone where nothing launched it."""
-    rank, count, local = (
-        int(os.environ.get(name, other)) for name, other in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if not 0 <= rank < count:
-        raise ValueError(
-            f"RANK={rank} and WORLD_SIZE={count} do not fit together: unset both, or use accelerate launch"
-        )
-    return Process(rank, count, local)
-
-
-def choose_owner(document: str, count: int) -> int:
-    """The process of ``count`` that a document belongs to: the same on every machine and in every run."""
-    digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % count
 
 
 def build_shares(
@@ -83,63 +50,20 @@ def build_shares(
     if not isinstance(encoder, TextEncoder):
         encoder = load_encoder(model, max_seq_length=max_seq_length, device=choose_device(process))
     whole = {"approximate": approximate, "prune": prune, **settings}
-    if process.count == 1:
+    group = join_group()
+    if group.alone:
         return build_index(encoder, corpus, out, progress=progress, **whole)
-    with Group(process) as group:
-        if process.rank == 0:
-            _make_index(encoder, out, settings)
-        group.wait()
-        report = _build_share(process, encoder, corpus, out, progress)
-        reports = group.gather(msgspec.to_builtins(report))
-        index = None
-        if process.rank == 0:
-            if not is_database(out):
-                _merge_shares(Path(out))
-            index = build_index(encoder, corpus, out, progress=progress, **whole)  # finds all there, or adds it
-            index.report = _add_up([msgspec.convert(own, BuildReport) for own in reports], index.report)
-        group.wait()
+    group.lead(_make_index, encoder, out, settings)
+    report = _build_share(process, encoder, corpus, out, progress)
+    reports = group.gather(msgspec.to_builtins(report))
+    index = None
+    if group.leads:
+        if not is_database(out):
+            _merge_shares(Path(out))
+        index = build_index(encoder, corpus, out, progress=progress, **whole)  # finds all there, or adds it
+        index.report = _add_up([msgspec.convert(own, BuildReport) for own in reports], index.report)
+    group.wait()
     return index
-
-
-def choose_device(process: Process) -> str | None:
-    """The accelerator of this process's own, where there are any."""
-    import torch
-
-    return f"cuda:{process.local % torch.cuda.device_count()}" if torch.cuda.is_available() else None
-
-
-class Group:
-    """The processes of a launch, which can wait for one another and tell one another small things (over gloo)."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-
-    def __enter__(self) -> Group:
-        import torch.distributed
-
-        torch.distributed.init_process_group(
-            "gloo", rank=self.process.rank, world_size=self.process.count, timeout=PATIENCE
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        import torch.distributed
-
-        torch.distributed.barrier()
-
-    def gather(self, value: Any) -> list[Any]:
-        """What every process gives, in the order of their ranks, for all of them."""
-        import torch.distributed
-
-        values: list[Any] = [None] * self.process.count
-        torch.distributed.all_gather_object(values, value)
-        return values
 
 
 # ---- details

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from koret.retrieval.encoder import TextEncoder
+from koret.retrieval.processes import Group, PeerOutOfMemory
 from koret.training.batches import Batch, cut_micro_batches
 from koret.training.gradcache import embed_and_backward, read_random_state, set_random_state
 from koret.training.loss import Loss
@@ -35,10 +36,15 @@ class BatchGradients:
         *,
         log_scale: torch.nn.Parameter | None = None,
         guided: bool = False,
+        group: Group | None = None,
     ) -> None:
-        """``log_scale``: () where the scale is learned; ``guided``: batches carry a guide's vectors."""
+        """``log_scale``: () where the scale is learned; ``guided``: batches carry a guide's vectors.
+
+        The processes of ``group`` share the texts of every batch: each embeds its own, all take the same loss of all
+        the embeddings, and their gradients are added up. Loss and gradients are those of one process.
+        """
         self.encoder, self.optimizer, self.objective, self.budget, self.say = encoder, optimizer, objective, budget, say
-        self.log_scale, self.guided = log_scale, guided
+        self.log_scale, self.guided, self.group = log_scale, guided, group or Group()
         self.was_halved = False
 
     @property
@@ -62,7 +68,9 @@ class BatchGradients:
                 self.log_scale.clamp_(0.0, math.log(MOST_SCALE))
         state = read_random_state()
         try:
-            return torch.stack([self._add(batch, share=1 / len(batches)) for batch in batches]).mean(dim=0)
+            values = torch.stack([self._add(batch, share=1 / len(batches)) for batch in batches]).mean(dim=0)
+            self.group.sum_gradients(self.optimizer.parameters)
+            return values
         except torch.OutOfMemoryError as error:
             tokens = min(self.budget, max(sum(map(len, batch.texts)) for batch in batches))
             if self.was_halved:
@@ -80,7 +88,7 @@ class BatchGradients:
         return self.add(batches)
 
     def _add(self, batch: Batch, share: float) -> torch.Tensor:
-        """Add ``share`` of one batch's gradients."""
+        """Add ``share`` of one batch's gradients, those of this process's texts."""
         device = self.encoder.device
         relations = Relations(
             *(
@@ -89,13 +97,26 @@ class BatchGradients:
             )
         )
         scale = self.objective.scale if self.log_scale is None else self.log_scale.exp()
+        if self.log_scale is not None and not self.group.leads:
+            scale = scale.detach()  # everybody takes the whole loss: the scale's gradient counts once
         losses: list[Loss] = []  # the loss is taken once, however often the texts are embedded
+        shares = self.group.deal([len(text) for text in batch.texts])
+        texts = [batch.texts[i] for i in shares[self.group.process.rank]]
 
-        def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
+        def loss_of(own: torch.Tensor) -> torch.Tensor:
+            self.group.meet()
+            embeddings = self.group.gather_rows(own, shares)
             losses.append(self.objective.measure(embeddings, relations, scale))
             return self.optimizer.scale(losses[0].value * share)
 
-        embed_and_backward(self._embed, batch.texts, cut_micro_batches(batch.texts, self.budget), loss_of)
+        try:
+            embed_and_backward(self._embed, texts, cut_micro_batches(texts, self.budget), loss_of)
+            self.group.meet()
+        except PeerOutOfMemory:
+            raise
+        except torch.OutOfMemoryError:
+            self.group.meet(failed=True)  # where the others meet: they would wait for this process forever
+            raise
         value, masked, skipped, guided = losses[0]
         parts = [
             value,
@@ -108,6 +129,8 @@ class BatchGradients:
 
     def _embed(self, texts: list[np.ndarray]) -> torch.Tensor:
         """(N, D) unit vectors. Where the model pads, texts of like length (they come sorted) go together."""
+        if not texts:  # more processes than texts
+            return torch.zeros(0, self.encoder.dimensions, device=self.encoder.device, requires_grad=True)
         if self.encoder.slow_path_reason is None:
             return self.encoder.embed(texts)
         pieces = np.array_split(np.arange(len(texts)), min(PADDED_PIECES, len(texts)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,36 @@ class Snapshot:
 
     weights: dict[str, torch.Tensor]  # every trained parameter
     optimizer: dict[str, torch.Tensor]  # "<parameter>|<state>"
-    random: dict[str, torch.Tensor]  # generator states of torch: "cpu", "cuda0", ...
+    random: dict[str, torch.Tensor]  # generator states of torch by process and device: "0/cpu", "0/cuda0", "1/cpu", ...
     progress: dict[str, Any]  # step, best so far, positions, scaler, settings; generator states of Python and NumPy
 
-    def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights, optimizer state and every random state back."""
+    def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
+        """Put weights, optimizer state and every random state of process ``rank`` back.
+
+        A process the snapshot does not know keeps torch's random state as it is.
+        """
         copy_weights(self.weights, parameters)
         for name, parameter in parameters.items():
             state = {k.rpartition("|")[2]: v for k, v in self.optimizer.items() if k.rpartition("|")[0] == name}
             if state:
                 optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
-        _set_random_states(self.random, self.progress["random"])
+        _set_random_states(self.random, self.progress["random"], rank)
 
 
-def take_snapshot(parameters: Parameters, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> Snapshot:
-    """Copy the present state. ``progress`` must be plain JSON values."""
-    tensors, plain = _random_states()
+def take_snapshot(
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    random_states: Sequence[Mapping[str, torch.Tensor]] | None = None,
+) -> Snapshot:
+    """Copy the present state. ``progress`` must be plain JSON values.
+
+    ``random_states``: what ``read_random_states`` says in every process that shares the training.
+    """
+    states = [read_random_states()] if random_states is None else random_states
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, values, gauss = random.getstate()
+    plain = {"python": [version, list(values), gauss], "numpy": [name, keys.tolist(), position, has_gauss, cached]}
     return Snapshot(
         weights=copy_to_cpu(parameters),
         optimizer={
@@ -61,7 +75,7 @@ def take_snapshot(parameters: Parameters, optimizer: torch.optim.Optimizer, prog
             for name, parameter in parameters.items()
             for key, value in optimizer.state.get(parameter, {}).items()
         },
-        random=tensors,
+        random={f"{rank}/{device}": state for rank, own in enumerate(states) for device, state in own.items()},
         progress={**progress, "random": plain},
     )
 
@@ -211,22 +225,21 @@ def _sorted(items: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.
     return sorted(items, key=lambda item: item[0])
 
 
-def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_random_states() -> dict[str, torch.Tensor]:
+    """torch's generators in this process, by device."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    version, values, gauss = random.getstate()
-    legacy = [name, keys.tolist(), position, has_gauss, cached]
-    return tensors, {"python": [version, list(values), gauss], "numpy": legacy}
+    return tensors
 
 
-def _set_random_states(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+def _set_random_states(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], rank: int) -> None:
+    own = {name.partition("/")[2]: state for name, state in tensors.items() if name.startswith(f"{rank}/")}
+    if own:
+        torch.set_rng_state(own.pop("cpu"))
+    for i in range(torch.cuda.device_count() if own else 0):
+        if f"cuda{i}" in own:
+            torch.cuda.set_rng_state(own[f"cuda{i}"], i)
     version, values, gauss = plain["python"]
     random.setstate((version, tuple(values), gauss))
     name, keys, *rest = plain["numpy"]

@@ -8,14 +8,20 @@ from pathlib import Path
 import torch
 
 from koret.retrieval.encoder import DTYPES, TextEncoder
+from koret.retrieval.processes import Process
 
 SHARE = 0.5  # of the memory that is free may be filled with activations
+ALONE = Process()
 FALLBACK = 4 << 30  # bytes taken for free where the system does not say
 
 
-def choose_micro_batch_tokens(encoder: TextEncoder) -> int:
-    """Tokens whose activations fill half of the device's free memory; a whole power of two, at least 1024."""
-    tokens = max(1024, int(SHARE * read_free_memory(encoder.device) / estimate_bytes_per_token(encoder)))
+def choose_micro_batch_tokens(encoder: TextEncoder, process: Process = ALONE) -> int:
+    """Tokens whose activations fill half of the device's free memory; a whole power of two, at least 1024.
+
+    Processes that compute on one machine's CPU share its memory.
+    """
+    free = read_free_memory(encoder.device) // (process.local_count if encoder.device.type == "cpu" else 1)
+    tokens = max(1024, int(SHARE * free / estimate_bytes_per_token(encoder)))
     return 1 << (tokens.bit_length() - 1)
 
 

@@ -19,7 +19,7 @@ from koret.training.trained import count_trained
 TIMED_BATCHES = 3
 
 
-def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup: int) -> list[str]:
+def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup: int, processes: int = 1) -> list[str]:
     """Model, adapters, data, steps and negatives, a line each."""
     task, total, batches = job.evaluators[0].task, job.schedule.total, job.report["batches"]
     lines = [
@@ -33,6 +33,10 @@ def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup
         "batches ({}): on average {pairs:.1f} pairs of {articles:.1f} articles choose among {different_texts:.1f} "
         "different texts; an epoch encodes {tokens_of_an_epoch:,} tokens".format(config.batching, **batches),
     ]
+    if processes > 1:
+        lines.append(
+            f"{processes} processes encode a share of every batch each; its negatives are those of the whole batch"
+        )
     if config.gradient_accumulation_steps > 1:
         lines.append(f"gradients of {config.gradient_accumulation_steps} batches are summed, which adds no negatives")
     if warmup < config.warmup_steps:

@@ -15,6 +15,7 @@ from koret.evaluation.evaluator import Evaluator
 from koret.evaluation.tasks import build_held_out_tasks
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
+from koret.retrieval.processes import Group, SharedEncoder
 from koret.training.batches import BatchMaker, TokenTable, tokenize_texts
 from koret.training.guide import embed_with_guide
 from koret.training.mining import Mined, MiningSettings, mine_negatives
@@ -114,21 +115,26 @@ def make_pairs(config: TrainingConfig, dataset: Dataset, train: np.ndarray, mine
     return pairs if mined is None else add_scores(pairs, mined, dataset)
 
 
-def mine_into(path: Path, job: Job, config: TrainingConfig, encoder: TextEncoder) -> str:
+def mine_into(path: Path, job: Job, config: TrainingConfig, encoder: SharedEncoder, group: Group) -> str:
     """Mine negatives for the pairs of ``job`` with the model as it is now, into the file ``path``; what came of it.
+
+    The processes of ``group`` encode together, and the first writes.
 
     Without a margin, as in ANCE: what a model in training ranks above the positive is its mistake, not a finding.
     """
     settings = MiningSettings(per_question=config.negatives_per_question, margin_relative=None)
     mined = mine_negatives(job.dataset, job.train, encoder, settings, questions=job.pairs.question)
     origin = {"model": f"{config.model_name}, {path.stem}", "train_split": config.train_split, "seed": config.seed}
-    write_negatives(path, mined, job.dataset, settings, origin)
+    group.lead(write_negatives, path, mined, job.dataset, settings, origin)
     return f"mined {mined.report['kept']:,} hard negatives for {mined.report['questions']:,} questions: {path.name}"
 
 
-def replace_negatives(path: Path, job: Job, config: TrainingConfig, encoder: TextEncoder) -> Job:
-    """``job`` with the mined negatives of ``path`` in place of those before; rows and order of its pairs stay."""
-    mined, _ = read_negatives(path, job.dataset, job.train)
+def replace_negatives(path: Path, job: Job, config: TrainingConfig, encoder: TextEncoder, group: Group) -> Job:
+    """``job`` with the mined negatives of ``path`` in place of those before; rows and order of its pairs stay.
+
+    The first process of ``group`` reads, the others are told.
+    """
+    mined, _ = group.lead(read_negatives, path, job.dataset, job.train)
     pairs = make_pairs(config, job.dataset, job.train, mined)
     targets = tokenize_texts(encoder, pairs.texts, "passage")
     return replace(

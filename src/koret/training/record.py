@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from koret.config import TrainingConfig
@@ -97,7 +98,6 @@ class RunRecord:
         self.logbook = Logbook(self.path, at.step, at.files)
         if not at.files:
             self.logbook.record_text("config", describe_config(scrub(self.config.to_dict())))
-        self.terminal.start(at.step, self.job.schedule.total)
 
     # ------------------------------------------------------------ along the way
 
@@ -107,12 +107,21 @@ class RunRecord:
         parameters: Mapping[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
+        random_states: Sequence[Mapping[str, torch.Tensor]],
     ) -> None:
         """Everything a resume needs; the logbook first, so that it is never behind its checkpoint."""
         at.files = self.logbook.flush()
-        snapshot = take_snapshot(parameters, optimizer, {"at": asdict(at), "best": at.best, **state})
+        snapshot = take_snapshot(parameters, optimizer, {"at": asdict(at), "best": at.best, **state}, random_states)
         self.checkpoints.save(at.step, snapshot)
         self.write_status("running", at)
+
+    def write_numbers(
+        self, step: int, values: Mapping[str, float], histograms: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Numbers and histograms of a step, where there are any, into the logbook."""
+        if values:
+            self.logbook.record(step, values)
+        self.logbook.record_histograms(step, histograms or {})
 
     def write_scores(self, name: str, step: int, scores: list[Scores]) -> None:
         tasks = [evaluator.task for evaluator in self.job.evaluators]

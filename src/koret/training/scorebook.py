@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,30 +59,37 @@ def read_scores(folder: Path, name: str) -> list[Scores]:
     return scores
 
 
-def keep_base_scores(
-    job: Job, encoder: TextEncoder, fingerprint: str, measure: Callable[[], list[Scores]]
-) -> tuple[list[Scores], bool]:
-    """What ``measure`` says of an untrained encoder, and whether that was known from an earlier training.
+def find_base_scores(job: Job, encoder: TextEncoder, fingerprint: str) -> list[Scores] | None:
+    """What an untrained encoder scored in an earlier training on the same data, None where that is not known.
 
     Kept beside the prepared data, under a hash of weights, precision and tasks, so that ten trainings on the same
     data score their base once. ``fingerprint`` is the model's without adapters: fresh ones change nothing. Scores
     that cannot be read are measured again.
     """
     if job.dataset.directory is None:
-        return measure(), False
+        return None
+    try:
+        return read_scores(job.dataset.directory, _name_base_scores(job, encoder, fingerprint))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def keep_base_scores(job: Job, encoder: TextEncoder, fingerprint: str, scores: list[Scores]) -> None:
+    """Write what ``find_base_scores`` finds in a later training."""
+    if job.dataset.directory is None:
+        return
+    tasks = [evaluator.task for evaluator in job.evaluators]
+    try:
+        write_scores(job.dataset.directory, _name_base_scores(job, encoder, fingerprint), 0, scores, tasks)
+    except (OSError, DiskFull):
+        pass  # kept scores only save time
+
+
+def _name_base_scores(job: Job, encoder: TextEncoder, fingerprint: str) -> str:
     tasks = [evaluator.task for evaluator in job.evaluators]
     facts = [fingerprint, encoder.precision, encoder.device.type, encoder.slow_path_reason]
     facts += [(task.name, task.query_ids, task.fingerprint()) for task in tasks]
-    name = f"base-scores-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
-    try:
-        return read_scores(job.dataset.directory, name), True
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        scores = measure()
-    try:
-        write_scores(job.dataset.directory, name, 0, scores, tasks)
-    except (OSError, DiskFull):
-        pass  # kept scores only save time
-    return scores, False
+    return f"base-scores-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
 
 
 def conclude(job: Job, model_name: str, base: list[Scores], tuned: list[Scores]) -> EvaluationReport:

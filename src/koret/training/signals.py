@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 
@@ -25,10 +25,13 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """While entered, the first SIGINT or SIGTERM is remembered (or raised, inside ``at_once``), a second one kills.
 
-    Only the main thread can receive signals; elsewhere this does nothing.
+    Only the main thread can receive signals; elsewhere this does nothing. Processes that share a training stop
+    together: ``agree`` tells each the largest number any of them received, and nobody leaves in the middle of a piece
+    of work that the others wait in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        self._agree = agree
         self._received: int | None = None
         self._raise = False
         self._before: dict[int, object] = {}
@@ -43,14 +46,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise Interrupted when a signal came in."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+        """Raise Interrupted when a signal came in, here or in a process that shares the training."""
+        number = (self._agree or int)(self._received or 0)
+        if number:
+            raise Interrupted(number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Around work that changes nothing and may take long: a signal raises Interrupted in the middle of it."""
-        self._raise = True
+        self._raise = self._agree is None
         try:
             self.check()
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -18,10 +19,11 @@ from koret.data.loader import Dataset
 from koret.evaluation.metrics import PRIMARY
 from koret.evaluation.scores import Scores
 from koret.evaluation.tables import format_report
-from koret.retrieval.encoder import TextEncoder, load_encoder
+from koret.retrieval.encoder import TextEncoder, choose_precision, load_encoder
+from koret.retrieval.processes import SharedEncoder, choose_device, join_group
 from koret.runs import Run, create_run, is_run, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
-from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights
+from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights, read_random_states
 from koret.training.gradients import collect_values, group_by_module, measure_norms
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
@@ -41,7 +43,7 @@ from koret.training.preparation import (
 from koret.training.record import Progress, RunRecord
 from koret.training.resume import read_resumed_config
 from koret.training.schedule import Step
-from koret.training.scorebook import conclude, keep_base_scores
+from koret.training.scorebook import conclude, find_base_scores, keep_base_scores
 from koret.training.signals import Interrupted, StopSignals
 from koret.training.trained import setup_full_model
 
@@ -52,6 +54,10 @@ class EmbeddingTrainer:
     ``train()`` returns the finished run, ``evaluate()`` the metrics of the model as it is. ``dataset`` and ``encoder``
     may be given ready-made. ``console`` is where a person reads along; without ``progress`` neither a bar nor a line
     per record is shown.
+
+    Several processes (accelerate launch, torchrun) that run the same program train one model: they share the texts of
+    every batch, so losses and gradients are those of one process with the same ``batch_size``. Only process 0 writes
+    and speaks; the folder of the runs need not be seen by the others.
     """
 
     def __init__(
@@ -64,7 +70,8 @@ class EmbeddingTrainer:
         progress: bool = True,
     ) -> None:
         self.config = config or TrainingConfig()
-        self.terminal = Terminal(console, progress)
+        self.group = join_group()
+        self.terminal = Terminal(console if self.group.leads else Console(quiet=True), progress and self.group.leads)
         self.run_dir: Path | None = None
         self.job: Job | None = None
         self._dataset, self._encoder = dataset, encoder
@@ -77,8 +84,9 @@ class EmbeddingTrainer:
         ``changes`` are settings to change. Raises SettingsChanged when one of them would alter the result, and
         FileNotFoundError when ``run`` is no run directory.
         """
-        run_dir = read_run(run).path
-        config, environment, changed = read_resumed_config(run_dir, changes or {})
+        run_dir, (config, environment, changed) = join_group().lead(
+            lambda: (path := read_run(run).path, read_resumed_config(path, changes or {}))
+        )
         trainer = cls(config, **options)
         trainer.run_dir, trainer._resumed = run_dir, environment
         if changed:
@@ -94,33 +102,35 @@ class EmbeddingTrainer:
         ValueError on settings or data that cannot work, DiskFull, RunBusy.
         """
         if self._is_finished():
-            return read_run(self.run_dir)
+            return self.group.lead(read_run, self.run_dir)
         if self.run_dir is not None and self._resumed is None:
             raise RuntimeError(f"this trainer has been used: go on with EmbeddingTrainer.resume({str(self.run_dir)!r})")
         self._prepare()
-        self.run_dir = self.run_dir or create_run(self.config.log_dir)
-        with lock_run(self.run_dir), StopSignals() as stop:
+        self.run_dir = self.run_dir or self.group.lead(create_run, self.config.log_dir)
+        agree = None if self.group.alone else self.group.find_largest
+        with contextlib.ExitStack() as held, StopSignals(agree) as stop:
+            self.group.lead(lambda: held.enter_context(lock_run(self.run_dir)))
             if self._is_finished():
-                return read_run(self.run_dir)
-            self.record = RunRecord(self.run_dir, self.config, self.job, self.terminal)
+                return self.group.lead(read_run, self.run_dir)
+            self.record = RunRecord(self.run_dir, self.config, self.job, self.terminal)  # process 0 alone writes in it
             if self._resumed is not None:
-                self.record.require_same(self.model_fingerprint)
+                self.group.lead(self.record.require_same, self.model_fingerprint)
             try:
                 self._start()
                 self._fit(stop)
                 self._finish(stop)
             except BaseException as error:
-                self.record.close_unfinished(error, self.at)
+                if self.group.leads:
+                    self.record.close_unfinished(error, self.at)
                 raise
             finally:
                 self.terminal.stop()
-        return read_run(self.run_dir)
+        return self.group.lead(read_run, self.run_dir)
 
     def explain_plan(self) -> None:
         """Say what ``train`` would do and what it would cost, by trying a few batches; nothing is written."""
         self._prepare()
-        for line in describe_plan(self.config, self.encoder, self.job, self.warmup):
-            self.terminal.say(line)
+        self._say_plan()
         self.encoder.model.train()
         steps = itertools.islice(self.job.schedule.steps_after(0), TIMED_BATCHES)
         with torch.random.fork_rng():  # a training that follows draws what it would have drawn
@@ -163,12 +173,14 @@ class EmbeddingTrainer:
         if epoch == self._mined:
             return
         path = self.run_dir / "negatives" / f"epoch-{epoch:04d}.jsonl"
-        if not path.exists():
+        if not self.group.lead(path.exists):
             if self.job.schedule.epochs_done(self.at.step) != epoch:
                 raise FileNotFoundError(f"{path} is gone, and the model that mined it has moved on: start a new run")
             with stop.at_once():  # a resume finds this model again
-                self.terminal.say(mine_into(path, self.job, self.config, self.encoder))
-        self.job, self._mined = replace_negatives(path, self.job, self.config, self.encoder), epoch
+                shared = SharedEncoder(self.encoder, self.group)
+                self.terminal.say(mine_into(path, self.job, self.config, shared, self.group))
+        self.job = replace_negatives(path, self.job, self.config, self.encoder, self.group)
+        self._mined = epoch
 
     def _take_step(self, step: Step) -> None:
         """One optimizer step: batches, embeddings, loss, gradients, update, and now and then a record."""
@@ -206,9 +218,13 @@ class EmbeddingTrainer:
             return
         config, resolved = self.config, (self._resumed or {}).get("resolved", {})
         require_source(config)
+        device, precision = choose_device(self.group.process), resolved.get("precision", config.precision)
+        if precision == "auto" and self._encoder is None:
+            precision = self.group.lead(choose_precision, device or "cpu")
         self.encoder = self._encoder or load_encoder(
             config.model_name,
-            precision=resolved.get("precision", config.precision),
+            device=device,
+            precision=precision,
             max_seq_length=config.max_seq_length,
             query_prefix=config.query_prefix,
             passage_prefix=config.passage_prefix,
@@ -217,8 +233,11 @@ class EmbeddingTrainer:
         )
         if self.encoder.precision == "fp16" and self.encoder.device.type != "cuda":
             raise ValueError("precision: fp16 trains on CUDA only; use bf16, fp32 or auto here")
-        dataset = self._dataset or load_data(config, self.encoder, self.terminal.progress)
-        self.job = prepare_job(config, self.encoder, dataset)
+        self.job = self.group.in_turn(
+            lambda: prepare_job(
+                config, self.encoder, self._dataset or load_data(config, self.encoder, self.terminal.progress)
+            )
+        )
         self.model_fingerprint = self.encoder.fingerprint()
         seed_everything(config.seed)
         if config.use_lora:
@@ -238,6 +257,13 @@ class EmbeddingTrainer:
         if config.learn_scale:
             log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale), device=self.encoder.device))
             self.parameters["log_scale"] = log_scale
+        self.group.require_same(
+            settings=config.to_dict(),
+            data=self.job.dataset.fingerprint,
+            model=self.model_fingerprint,
+            adapters=hash_weights(copy_to_cpu(self.parameters)),
+        )
+        self._seed_process()
         self.modules = group_by_module(self.parameters)
         self.optimizer = GuardedOptimizer(
             self.parameters,
@@ -247,7 +273,7 @@ class EmbeddingTrainer:
         )
         self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
         chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
-        budget = chosen or choose_micro_batch_tokens(self.encoder)
+        budget = chosen or min(self.group.gather(choose_micro_batch_tokens(self.encoder, self.group.process)))
         self.gradients = BatchGradients(
             self.encoder,
             self.optimizer,
@@ -256,14 +282,22 @@ class EmbeddingTrainer:
             self.terminal.say,
             log_scale=log_scale,
             guided=config.guide_model is not None,
+            group=self.group,
         )
         self.measurements = Measurements(
             self.job.question_ids, self.optimizer.scaler.is_enabled(), self.gradients.extras
         )
         self.at, self._saved, self._mined = Progress(), None, 0
 
+    def _seed_process(self, step: int = 0) -> None:
+        """Let the processes draw different dropout; process 0 draws what a process alone would."""
+        if self.group.process.rank:
+            torch.manual_seed(hash((self.config.seed, self.group.process.rank, step)))
+
     def _is_finished(self) -> bool:
-        finished = self.run_dir is not None and is_run(self.run_dir) and read_run(self.run_dir).is_finished
+        if self.run_dir is None:
+            return False
+        finished = self.group.lead(lambda: is_run(self.run_dir) and read_run(self.run_dir).is_finished)
         if finished:
             self.terminal.say(f"{self.run_dir.name} is already finished: nothing to do")
         return finished
@@ -275,22 +309,30 @@ class EmbeddingTrainer:
             "precision": self.encoder.precision,
             "micro_batch_tokens": self.gradients.budget,
             "threads": torch.get_num_threads(),
+            "processes": self.group.process.count,
         }
         if self._resumed is None:
-            self.record.describe(resolved, self.encoder, self.model_fingerprint)
-            for line in (f"run {self.run_dir}", *describe_plan(self.config, self.encoder, self.job, self.warmup)):
-                self.terminal.say(line)
-            self.record.open(self.at)
+            self.group.lead(self.record.describe, resolved, self.encoder, self.model_fingerprint)
+            self.terminal.say(f"run {self.run_dir}")
+            self._say_plan()
+            self.group.lead(self.record.open, self.at)
+            self.terminal.start(self.at.step, self.job.schedule.total)
             return
-        snapshot = self.record.reopen(resolved)
+        snapshot = self.group.lead(self.record.reopen, resolved)
         if snapshot is not None:
-            snapshot.restore(self.parameters, self.optimizer.adamw)
+            self._seed_process(snapshot.progress["at"]["step"])
+            snapshot.restore(self.parameters, self.optimizer.adamw, self.group.process.rank)
             self.at = Progress(**snapshot.progress["at"])
             self.gradients.halved_to(self.at.budget)
             self.measurements.restore(snapshot.progress["measurements"])
             self.optimizer.restore_scaler(snapshot.progress["scaler"])
         self.terminal.say(f"{self.run_dir.name} goes on after step {self.at.step} of {self.job.schedule.total}")
-        self.record.open(self.at)
+        self.group.lead(self.record.open, self.at)
+        self.terminal.start(self.at.step, self.job.schedule.total)
+
+    def _say_plan(self) -> None:
+        for line in describe_plan(self.config, self.encoder, self.job, self.warmup, self.group.process.count):
+            self.terminal.say(line)
 
     # ------------------------------------------------------------ now and then
 
@@ -305,10 +347,8 @@ class EmbeddingTrainer:
             self.terminal.show(step.number, values["train/loss"], values["train/pairs_per_second"])
         if step.ends_epoch:
             values |= self.measurements.close_epoch()
-        if values:
-            self.record.logbook.record(step.number, values)
         named = {f"gradients/{module}_weight": array for module, array in histograms.items()}
-        self.record.logbook.record_histograms(step.number, named)
+        self.group.lead(self.record.write_numbers, step.number, values, named)
 
     def _is_evaluation_due(self) -> bool:
         step = self.at.step
@@ -321,21 +361,21 @@ class EmbeddingTrainer:
     def _evaluate(self, stop: StopSignals) -> None:
         """Score the model on the held-out questions; the best so far is kept."""
         with stop.at_once():  # scoring changes nothing: nobody has to wait for its end to stop
-            if self.at.step:
-                scores, kept = self._score("tuned"), False
-            else:
-                scores, kept = keep_base_scores(
-                    self.job, self.encoder, self.model_fingerprint, lambda: self._score("base")
-                )
+            base = (self.job, self.encoder, self.model_fingerprint)
+            kept = None if self.at.step else self.group.lead(find_base_scores, *base)
+            scores = kept or self._score("tuned" if self.at.step else "base")
         first = scores[0]
-        self.record.logbook.record(self.at.step, name_metrics(scores))
+        self.group.lead(self.record.write_numbers, self.at.step, name_metrics(scores))
         deciding = dict(zip(PRIMARY, first.sort_key, strict=True))
         shown = ", ".join(f"{name} {value:.4f}" for name, value in deciding.items())
         if self.at.step == 0:
-            self.record.write_scores("base", 0, scores)
+            self.group.lead(self.record.write_scores, "base", 0, scores)
+            if not kept:
+                self.group.lead(keep_base_scores, *base, scores)
         elif self.at.best is None or first.sort_key > tuple(self.at.best["metrics"][name] for name in PRIMARY):
-            self.record.checkpoints.save_best(self.at.step, copy_to_cpu(self.parameters))
-            self.record.write_scores("best", self.at.step, scores)
+            weights = copy_to_cpu(self.parameters)
+            self.group.lead(self.record.checkpoints.save_best, self.at.step, weights)
+            self.group.lead(self.record.write_scores, "best", self.at.step, scores)
             self.at.best, self.at.stale = {"step": self.at.step, "metrics": deciding}, 0
             shown += ", the best so far"
         else:
@@ -347,8 +387,14 @@ class EmbeddingTrainer:
             self.terminal.say(f"stopped early: {self.at.stale} evaluations without a better score")
 
     def _score(self, name: str, encoder: TextEncoder | None = None) -> list[Scores]:
+        """All processes encode, process 0 ranks."""
+        shared, scores = SharedEncoder(encoder or self.encoder, self.group), []
         try:
-            return [evaluator.score(encoder or self.encoder, name) for evaluator in self.job.evaluators]
+            for evaluator in self.job.evaluators:
+                began = time.perf_counter()
+                vectors = evaluator.encode(shared)
+                scores.append(self.group.lead(evaluator.score_vectors, name, *vectors, time.perf_counter() - began))
+            return scores
         except FloatingPointError as error:
             raise NumericFault(f"scoring after step {self.at.step}: {error}", self.at.step, []) from error
 
@@ -356,7 +402,12 @@ class EmbeddingTrainer:
         self.measurements.collect()
         self.at.budget = self.gradients.budget if self.gradients.was_halved else None
         state = {"measurements": self.measurements.state(), "scaler": self.optimizer.scaler_state()}
-        self.record.save_checkpoint(self.at, self.parameters, self.optimizer.adamw, state)
+        if not self.group.alone:
+            self.group.require_same(weights=hash_weights(copy_to_cpu(self.parameters)))
+        random_states = self.group.gather(read_random_states())
+        self.group.lead(
+            self.record.save_checkpoint, self.at, self.parameters, self.optimizer.adamw, state, random_states
+        )
         self._saved = (self.at.step, self.at.evaluated)
 
     # ------------------------------------------------------------ the end
@@ -364,18 +415,20 @@ class EmbeddingTrainer:
     def _finish(self, stop: StopSignals) -> None:
         """Take the best weights back, save the model, score what was saved, and say whether it is better."""
         best = self.at.best["step"]
-        weights = self.record.checkpoints.load_best(best)
+        weights = self.group.lead(self.record.checkpoints.load_best, best)
         copy_weights(weights, self.parameters)
         if hash_weights(copy_to_cpu(self.parameters)) != hash_weights(weights):
             raise RuntimeError(f"the best weights, of step {best}, did not arrive in the model unchanged")
         merged = merge_lora(self.encoder) if self.config.use_lora else self.encoder
         with stop.at_once():
             scores = self._score("tuned", merged)
-            report = conclude(self.job, self.config.model_name, self.record.read_scores("base"), scores)
-        self.record.write_scores("final", best, scores)
-        self.record.write_report(report)
-        self.record.publish_model(merged, self.encoder, report)
-        self.record.close_finished(self.at)
+            report = self.group.lead(
+                lambda: conclude(self.job, self.config.model_name, self.record.read_scores("base"), scores)
+            )
+        self.group.lead(self.record.write_scores, "final", best, scores)
+        self.group.lead(self.record.write_report, report)
+        self.group.lead(self.record.publish_model, merged, self.encoder, report)
+        self.group.lead(self.record.close_finished, self.at)
         self.terminal.stop()
         self.terminal.console.print(format_report(report, slices=False))
         if losses := self.measurements.describe_losses():
