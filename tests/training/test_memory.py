@@ -1,21 +1,56 @@
 """The token budget: what is free, what a token costs, never absurd."""
 
+import numpy as np
+import pytest
 import torch
 
 from koret.retrieval.encoder import load_encoder
+from koret.retrieval.processes import Process
 from koret.training import memory
+from koret.training.lora import setup_lora_model
 
 
 def test_budget_follows_memory_and_cost(tiny_model, monkeypatch):
     encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
-    cost = memory.estimate_bytes_per_token(encoder)
-    assert cost == 2 * (10 * 32 + 3 * 64) * 4  # layers x numbers x bytes
-    monkeypatch.setattr(memory, "read_free_memory", lambda device: 2 * 10_000 * cost)
-    assert memory.choose_micro_batch_tokens(encoder) == 8192
+    monkeypatch.setattr(memory, "read_free_memory", lambda device: 2 * 10_000 * 700)
+    assert memory.choose_micro_batch_tokens(encoder, 700) == 8192
+    assert memory.choose_micro_batch_tokens(encoder, 700, Process(1, 4, 1, 2)) == 4096
     monkeypatch.setattr(memory, "read_free_memory", lambda device: 0)
-    assert memory.choose_micro_batch_tokens(encoder) == 1024
+    assert memory.choose_micro_batch_tokens(encoder, 700) == 1024
+
+
+def test_what_a_token_keeps_is_counted(tiny_model):
+    """A frozen layer of width H and inner width F keeps nothing; with adapters it keeps some ten H + F numbers."""
+    encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    assert memory.measure_bytes_per_token(encoder) == 1  # nothing trains: nothing is kept
+    setup_lora_model(encoder, 4, 8, 0.1)
+    state = torch.get_rng_state()
+    plain = memory.measure_bytes_per_token(encoder)
+    assert torch.equal(state, torch.get_rng_state())
+    least, most = 2 * (5 * 32 + 64) * 4, 2 * (16 * 32 + 3 * 64) * 4  # layers x numbers x bytes
+    assert least < plain < most
+    encoder.gradient_checkpointing, encoder._packed = True, None
+    assert memory.measure_bytes_per_token(encoder) < plain / 2
     encoder.slow_path_reason = "asked for"
-    assert memory.estimate_bytes_per_token(encoder) > 2 * cost
+    assert memory.measure_bytes_per_token(encoder) > plain
+
+
+def test_the_count_is_what_a_long_batch_really_takes(tiny_model):
+    """Counted on texts of one length, true of a batch of many lengths: bytes of every tensor it keeps."""
+    encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    setup_lora_model(encoder, 4, 8, 0.1)
+    per_token, kept = memory.measure_bytes_per_token(encoder), {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    texts = [np.arange(4, 4 + n, dtype=np.int32) for n in (48, 47, 40, 33, 30, 22, 20, 12, 9) for _ in range(20)]
+    encoder.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        vectors = encoder.embed(texts)
+    found = sum(kept.values()) / sum(map(len, texts))
+    assert vectors.requires_grad and found == pytest.approx(per_token, rel=0.25)
 
 
 def test_free_memory_is_read():

@@ -121,7 +121,7 @@ class Terminal:
     def show(self, step: int, loss: float, pairs_per_second: float) -> None:
         """Show the newest numbers."""
         pace = (time.monotonic() - self._began) / max(1, step - self._first)
-        note = f"loss {loss:.4f}  {pairs_per_second:,.1f} pairs/s  {_format_time(pace * (self._total - step))} left"
+        note = f"loss {loss:.4f}  {pairs_per_second:,.1f} pairs/s  {format_time(pace * (self._total - step))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
         elif self.progress:
@@ -133,7 +133,8 @@ class Terminal:
             self._bar = None
 
 
-def _format_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """2:05 or 1:02:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

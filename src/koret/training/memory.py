@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from koret.retrieval.encoder import DTYPES, TextEncoder
+from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.processes import Process
 
 SHARE = 0.5  # of the memory that is free may be filled with activations
+PROBE = 64  # tokens of a text that is only there to be counted
 ALONE = Process()
 FALLBACK = 4 << 30  # bytes taken for free where the system does not say
 
 
-def choose_micro_batch_tokens(encoder: TextEncoder, process: Process = ALONE) -> int:
-    """Tokens whose activations fill half of the device's free memory; a whole power of two, at least 1024.
+def choose_micro_batch_tokens(encoder: TextEncoder, per_token: int, process: Process = ALONE) -> int:
+    """Tokens whose activations, ``per_token`` bytes each, fill half of the device's free memory.
 
-    Processes that compute on one machine's CPU share its memory.
+    A whole power of two, at least 1024. Processes that compute on one machine's CPU share its memory.
     """
     free = read_free_memory(encoder.device) // (process.local_count if encoder.device.type == "cpu" else 1)
-    tokens = max(1024, int(SHARE * free / estimate_bytes_per_token(encoder)))
+    tokens = max(1024, int(SHARE * free / per_token))
     return 1 << (tokens.bit_length() - 1)
 
 
-def estimate_bytes_per_token(encoder: TextEncoder) -> int:
-    """Activations kept for the backward pass per token.
+def measure_bytes_per_token(encoder: TextEncoder) -> int:
+    """Bytes that a training step keeps for its backward pass per token: counted in two small forward passes.
 
-    A layer of width H and inner width F keeps about 10 H + 3 F numbers; the padded path also keeps attention
-    probabilities (heads times length, twice with dropout) and works in float32 where it sums.
+    The passes differ in the number of texts, so what does not grow with it cancels. Where the model pads, attention
+    keeps more for longer texts, and they are as long as texts may be. Adapters, precision, quantised bases and
+    gradient checkpointing are counted as they are set up now; no random number is used up.
     """
-    config = encoder.backbone.config
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    numbers = 10 * config.hidden_size + 3 * inner
-    size = torch.finfo(DTYPES[encoder.precision]).bits // 8
-    if encoder.slow_path_reason is not None:
-        numbers, size = 2 * numbers + 3 * config.num_attention_heads * encoder.max_seq_length, 4
-    layers = 2 if encoder.gradient_checkpointing else config.num_hidden_layers
-    return layers * numbers * size
+    length = encoder.max_seq_length
+    if encoder.slow_path_reason is None:  # any length that packs without a gap costs the same
+        length = PROBE if length >= PROBE else max(1, min(length, PROBE // 4))
+    was_training = encoder.model.training
+    encoder.model.train()
+    try:
+        with torch.random.fork_rng():
+            few, many = (_count_kept(encoder, count, length) for count in (4, 12))
+    finally:
+        encoder.model.train(was_training)
+    return max(1, (many - few) // (8 * length))
+
+
+def _count_kept(encoder: TextEncoder, texts: int, length: int) -> int:
+    """Bytes of every piece of memory that the backward pass of ``texts`` texts holds on to."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = np.arange(length, dtype=np.int32) % encoder.backbone.config.vocab_size
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        vectors = encoder.embed([ids] * texts)
+    del vectors
+    return sum(kept.values())
 
 
 def read_free_memory(device: torch.device) -> int:
@@ -56,3 +79,20 @@ def read_free_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         pass  # no control group, or one without a limit
     return max(free, 64 * os.sysconf("SC_PAGE_SIZE"))
+
+
+def read_held(device: torch.device) -> int:
+    """Bytes held now: on the GPU where one is used, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return read_peak(device)
+
+
+def read_peak(device: torch.device) -> int:
+    """Most bytes held so far: on the GPU where one is used, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

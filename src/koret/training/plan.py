@@ -1,22 +1,12 @@
-"""What a training is going to do, in words, and what a step of it costs."""
+"""What a training is going to do, in words."""
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterable
-
-import torch
-
 from koret.config import TrainingConfig
 from koret.retrieval.encoder import TextEncoder
-from koret.training.batches import Batch, cut_micro_batches
 from koret.training.lora import get_lora_info
 from koret.training.preparation import Job
 from koret.training.trained import count_trained
-
-TIMED_BATCHES = 3
 
 
 def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup: int, processes: int = 1) -> list[str]:
@@ -47,29 +37,3 @@ def describe_plan(config: TrainingConfig, encoder: TextEncoder, job: Job, warmup
         if count:
             lines.append(f"{count:,} {name} are longer than {encoder.max_seq_length} tokens and are cut")
     return lines
-
-
-def describe_cost(
-    batches: Iterable[Batch], add_gradients: Callable[[Batch], torch.Tensor], steps: int, per_step: int, budget: int
-) -> list[str]:
-    """Run a few batches forward and backward and say what that means for the whole training; scoring is not counted."""
-    seconds, pieces = [], 1
-    for batch in batches:
-        began = time.perf_counter()
-        add_gradients(batch).cpu()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-        pieces = max(pieces, len(cut_micro_batches(batch.texts, budget)))
-    step = per_step * min(seconds)
-    chunks = f", encoded in up to {pieces} pieces of {budget:,} tokens (GradCache)" if pieces > 1 else ""
-    minutes, rest = divmod(round(step * steps), 60)
-    return [
-        f"cost: {step:.2f} s a step{chunks}; about {minutes}:{rest:02d} for {steps:,} steps, scoring not counted",
-        f"memory: {_read_peak() / 2**30:.1f} GB at its peak so far",
-    ]
-
-
-def _read_peak() -> int:
-    """Most bytes held: on the GPU where one is used, else by this process."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -174,16 +174,17 @@ def make_maker(
 def measure_epoch(
     pairs: PairTable, queries: TokenTable, targets: TokenTable, batches: list[np.ndarray]
 ) -> dict[str, Any]:
-    """What one epoch of ``batches`` is made of: means per batch, and the tokens that are encoded in all of it."""
+    """What one epoch of ``batches`` is made of: means per batch, the tokens encoded in all and in the heaviest."""
     question = np.unique(np.array(pairs.queries, dtype=object), return_inverse=True)[1]
-    asked, read, tokens, counts = queries.lengths, targets.lengths, 0, []
+    asked, read, tokens, counts = queries.lengths, targets.lengths, [], []
     for rows in batches:
         first = np.unique(question[rows], return_index=True)[1]
         ids = np.unique(np.concatenate([pairs.targets[rows], pairs.negatives.take(rows)[1]]))
-        tokens += int(asked[rows[first]].sum() + read[ids].sum())
+        tokens.append(int(asked[rows[first]].sum() + read[ids].sum()))
         counts.append([len(rows), len(ids), len(np.unique(pairs.article[rows]))])
     means = np.mean(counts, axis=0).round(2).tolist()
-    return dict(zip(("pairs", "different_texts", "articles"), means, strict=True)) | {"tokens_of_an_epoch": tokens}
+    totals = {"tokens_of_an_epoch": sum(tokens), "tokens_of_the_heaviest": max(tokens)}
+    return dict(zip(("pairs", "different_texts", "articles"), means, strict=True)) | totals
 
 
 def load_data(config: TrainingConfig, encoder: TextEncoder, progress: bool) -> Dataset:

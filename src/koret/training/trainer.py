@@ -24,14 +24,15 @@ from koret.retrieval.processes import SharedEncoder, choose_device, join_group
 from koret.runs import Run, create_run, is_run, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
 from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights, read_random_states
+from koret.training.forecast import Forecast, Pace, count_scorings, forecast_peak, time_scoring, time_steps
 from koret.training.gradients import collect_values, group_by_module, measure_norms
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.measurements import Measurements, NumericFault
-from koret.training.memory import choose_micro_batch_tokens
+from koret.training.memory import choose_micro_batch_tokens, measure_bytes_per_token
 from koret.training.objectives import Objective
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
-from koret.training.plan import TIMED_BATCHES, describe_cost, describe_plan
+from koret.training.plan import describe_plan
 from koret.training.preparation import (
     Job,
     load_data,
@@ -46,6 +47,8 @@ from koret.training.schedule import Step
 from koret.training.scorebook import conclude, find_base_scores, keep_base_scores
 from koret.training.signals import Interrupted, StopSignals
 from koret.training.trained import setup_full_model
+
+TIMED_STEPS = 3  # of a plan
 
 
 class EmbeddingTrainer:
@@ -128,21 +131,17 @@ class EmbeddingTrainer:
         return self.group.lead(read_run, self.run_dir)
 
     def explain_plan(self) -> None:
-        """Say what ``train`` would do and what it would cost, by trying a few batches; nothing is written."""
+        """Say what ``train`` would do and what it would cost, by trying a few steps; nothing is written."""
         self._prepare()
         self._say_plan()
         self.encoder.model.train()
-        steps = itertools.islice(self.job.schedule.steps_after(0), TIMED_BATCHES)
+        total, steps = self.job.schedule.total, itertools.islice(self.job.schedule.steps_after(0), TIMED_STEPS)
         with torch.random.fork_rng():  # a training that follows draws what it would have drawn
-            for line in describe_cost(
-                (self.job.maker.make(step.batches[0]) for step in steps),
-                lambda batch: self.gradients.add([batch]),
-                self.job.schedule.total,
-                self.config.gradient_accumulation_steps,
-                self.gradients.budget,
-            ):
-                self.terminal.say(line)
+            batches = ([self.job.maker.make(rows) for rows in step.batches] for step in steps)
+            seconds = time_steps(batches, self.gradients.add) * self.pace.step_tokens
         self.optimizer.adamw.zero_grad()
+        scorings = count_scorings(0, total, self.config.save_steps) + 1  # and one of the base
+        self.terminal.say(f"cost: {Forecast(total, seconds, scorings, self._time_scorings())}")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now, on the held-out questions."""
@@ -209,6 +208,8 @@ class EmbeddingTrainer:
         else:
             self.measurements.add_seconds(time.perf_counter() - began)
         self.terminal.advance(step.number)
+        if self._resumed is None and (forecast := self.pace.watch(step.number, batches, self._wait)):
+            self.terminal.say(f"forecast: {forecast}")
 
     # ------------------------------------------------------------ before the first step
 
@@ -273,7 +274,10 @@ class EmbeddingTrainer:
         )
         self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
         chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
-        budget = chosen or min(self.group.gather(choose_micro_batch_tokens(self.encoder, self.group.process)))
+        per_token = measure_bytes_per_token(self.encoder)
+        budget = chosen or min(
+            self.group.gather(choose_micro_batch_tokens(self.encoder, per_token, self.group.process))
+        )
         self.gradients = BatchGradients(
             self.encoder,
             self.optimizer,
@@ -286,6 +290,15 @@ class EmbeddingTrainer:
         )
         self.measurements = Measurements(
             self.job.question_ids, self.optimizer.scaler.is_enabled(), self.gradients.extras
+        )
+        batches = self.job.report["batches"]
+        heaviest = batches["tokens_of_the_heaviest"] // self.group.process.count
+        self.pace = Pace(
+            self.job.schedule.total,
+            config.save_steps,
+            batches["tokens_of_an_epoch"] / self.job.schedule.steps_of_epoch[0],
+            forecast_peak(self.encoder, per_token, budget, heaviest, merges=config.use_lora),
+            self._time_scorings,
         )
         self.at, self._saved, self._mined = Progress(), None, 0
 
@@ -333,6 +346,15 @@ class EmbeddingTrainer:
     def _say_plan(self) -> None:
         for line in describe_plan(self.config, self.encoder, self.job, self.warmup, self.group.process.count):
             self.terminal.say(line)
+        self.terminal.say(str(self.pace.peak))
+
+    def _wait(self) -> None:
+        if self.encoder.device.type == "cuda":
+            torch.cuda.synchronize(self.encoder.device)
+
+    def _time_scorings(self) -> float:
+        shared = SharedEncoder(self.encoder, self.group)
+        return sum(time_scoring(shared, evaluator.task) for evaluator in self.job.evaluators)
 
     # ------------------------------------------------------------ now and then
 
@@ -433,6 +455,8 @@ class EmbeddingTrainer:
         self.terminal.console.print(format_report(report, slices=False))
         if losses := self.measurements.describe_losses():
             self.terminal.say(losses)
+        if self.at.step == self.job.schedule.total and (truth := self.pace.compare(self.encoder.device)):
+            self.terminal.say(truth)
         self.terminal.say(f"model of step {best}: {self.run_dir / 'model'}")
 
 

@@ -1,0 +1,166 @@
+"""What a training is going to cost, said before it has cost it, and how true that was at the end.
+
+Seconds come from a few of the run's own steps and a sample of its scoring; bytes from what one token's activations
+take, counted on the model at hand (memory.measure_bytes_per_token), and what is held anyway.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from koret.evaluation.tasks import RetrievalTask
+from koret.retrieval.encoder import BATCH_TOKENS, DTYPES, TextEncoder
+from koret.retrieval.processes import SharedEncoder
+from koret.training.batches import Batch
+from koret.training.logbook import format_time
+from koret.training.memory import read_held, read_peak
+from koret.training.trained import count_trained, count_weights
+
+WARM, LAST = 2, 5  # steps: the first ones are slow, the next ones are timed
+WORTH = 20  # steps of the shortest run that is forecast
+SAMPLE = 16  # questions and texts whose encoding is timed
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds and bytes to expect; ``steps`` and ``scorings`` are those still to come."""
+
+    steps: int
+    step_seconds: float
+    scorings: int
+    scoring_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.step_seconds + self.scorings * self.scoring_seconds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step_seconds:.2f} s a step, {self.steps:,} steps to go; {self.scoring_seconds:.1f} s a "
+            f"scoring, {self.scorings} to go; about {format_time(self.seconds)} to the end"
+        )
+
+
+@dataclass(frozen=True)
+class PeakForecast:
+    """The most memory a training will hold, in bytes, and what it is made of."""
+
+    held: int  # before the first step: model, data, libraries
+    per_token: int  # kept for the backward pass
+    tokens: int  # at a time
+    pieces: int  # of the heaviest batch
+    state: int  # gradients and moments of AdamW
+    scoring: int  # encoding without gradients, and the merged copy that is scored at the end
+
+    @property
+    def peak(self) -> int:
+        return self.held + self.state + max(self.per_token * self.tokens, self.scoring)
+
+    def __str__(self) -> str:
+        pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
+        return (
+            f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
+            f"{self.per_token * self.tokens / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
+            f"{self.tokens:,} tokens at a time at most{pieces}), {self.state / 2**30:.2f} for gradients and AdamW, "
+            f"{self.scoring / 2**30:.2f} for scoring when nothing trains"
+        )
+
+
+def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: int, merges: bool) -> PeakForecast:
+    """Memory of a training whose heaviest batch has ``heaviest`` tokens in this process.
+
+    ``merges``: whether a merged copy of the model is made at the end.
+    """
+    config = encoder.backbone.config
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    size = torch.finfo(DTYPES[encoder.precision]).bits // 8
+    scoring = BATCH_TOKENS.get(encoder.device.type, 8192) * (inner + 6 * config.hidden_size) * size
+    copy = 4 * count_weights(encoder.backbone.parameters()) if merges else 0
+    return PeakForecast(
+        held=read_held(encoder.device),
+        per_token=per_token,
+        tokens=min(budget, heaviest),
+        pieces=-(-heaviest // budget),
+        state=count_trained(encoder).state_bytes,
+        scoring=scoring + copy,
+    )
+
+
+def count_scorings(step: int, total: int, every: int) -> int:
+    """Scorings after step ``step``: every so many steps, after the last one, and of the model as saved."""
+    return total // every - step // every + (total % every != 0) + 1
+
+
+def time_scoring(encoder: SharedEncoder, task: RetrievalTask) -> float:
+    """Seconds to encode the task's questions and corpus, from a sample spread over both, by characters."""
+    seconds = 0.0
+    for texts, kind in ((task.queries, "query"), (task.corpus, "passage")):
+        sample = texts[:: max(1, len(texts) // SAMPLE)][:SAMPLE]
+        began = time.perf_counter()
+        encoder.encode(sample, kind)
+        seconds += (time.perf_counter() - began) * sum(map(len, texts)) / max(1, sum(map(len, sample)))
+    return seconds
+
+
+def time_steps(batches: Iterable[list[Batch]], add_gradients: Callable[[list[Batch]], torch.Tensor]) -> float:
+    """Seconds a token, of steps run forward and backward; the first of them only warms up. Nothing is applied."""
+    found: list[tuple[float, int]] = []
+    for step in batches:
+        began = time.perf_counter()
+        add_gradients(step).cpu()  # waits for the device
+        found.append((time.perf_counter() - began, count_tokens(step)))
+    timed = found[1:] or found
+    return sum(seconds for seconds, _ in timed) / sum(tokens for _, tokens in timed)
+
+
+def count_tokens(batches: Iterable[Batch]) -> int:
+    """Tokens of all distinct texts, each once a batch."""
+    return sum(len(text) for batch in batches for text in batch.texts)
+
+
+class Pace:
+    """Watches the first steps of a run, forecasts the rest from them, and says at the end how true that was."""
+
+    def __init__(
+        self, total: int, every: int, step_tokens: float, peak: PeakForecast, time_scorings: Callable[[], float]
+    ) -> None:
+        """``every``: steps between two scorings; ``step_tokens``: mean tokens of a step; ``time_scorings``: seconds
+        that one scoring takes."""
+        self.total, self.every, self.step_tokens, self.peak = total, every, step_tokens, peak
+        self._time_scorings = time_scorings
+        self._tokens, self._began = 0, 0.0
+        self.forecast: Forecast | None = None
+
+    def watch(self, step: int, batches: list[Batch], wait: Callable[[], object]) -> Forecast | None:
+        """After step ``step``; the forecast when there is one now. ``wait`` returns when the device is done."""
+        if self.total < WORTH or step < WARM or step > LAST:
+            return None
+        if step > WARM:
+            self._tokens += count_tokens(batches)
+        if step in (WARM, LAST):
+            wait()
+        now = time.perf_counter()
+        if step == WARM:
+            self._began = now
+        if step != LAST or not self._tokens:
+            return None
+        seconds = (now - self._began) / self._tokens * self.step_tokens
+        scorings = count_scorings(step, self.total, self.every)
+        self.forecast = Forecast(self.total - step, seconds, scorings, self._time_scorings())
+        self._began = time.perf_counter()
+        return self.forecast
+
+    def compare(self, device: torch.device) -> str | None:
+        """How long it took since the forecast and what was held at most, beside what was said; None without one."""
+        if self.forecast is None:
+            return None
+        took, said = time.perf_counter() - self._began, self.forecast.seconds
+        most, expected = read_peak(device), self.peak.peak
+        return (
+            f"forecast {format_time(said)}, took {format_time(took)} ({took / said - 1:+.0%}); memory forecast "
+            f"{expected / 2**30:.2f} GB at the peak, was {most / 2**30:.2f} GB ({most / expected - 1:+.0%})"
+        )
