@@ -102,6 +102,21 @@ def test_both_passes_draw_the_same_dropout(tiny_model, path):
     assert not torch.equal(encoder.embed(TEXTS[:2]), encoder.embed(TEXTS[:2]))  # dropout was really on
 
 
+@pytest.mark.parametrize("budget", [None, 100, 1])
+def test_every_chunk_but_the_last_is_embedded_twice(tiny_model, budget):
+    encoder = make_encoder(tiny_model, torch.float32, dropout=0.0)
+    graphs = []
+
+    def embed(ids):
+        graphs.append(torch.is_grad_enabled())
+        return encoder.embed(ids)
+
+    chunks = cut_micro_batches(TEXTS, budget)
+    gradients(encoder, embed, chunks)
+    assert len(graphs) == 2 * len(chunks) - 1
+    assert sum(graphs) == len(chunks)  # each has a graph once
+
+
 def test_chunks_hold_every_text_once_within_the_budget():
     lengths = np.array([len(t) for t in TEXTS])
     for budget in (1, 10, 42, 80, 1000, None):

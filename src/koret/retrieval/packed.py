@@ -356,7 +356,8 @@ class BlockAttention(torch.autograd.Function):
                 mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
             else:
                 q, k, v = (part.view(n, heads, length, -1) for part in (q, k, v))
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
+                bias = None if mask is None else mask[:, None]
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
             _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
         ctx.save_for_backward(qkv)
         ctx.groups, ctx.heads = groups, heads
@@ -374,9 +375,8 @@ class BlockAttention(torch.autograd.Function):
             parts[2].copy_(torch.bmm(p.transpose(1, 2), outer).view(parts[2].shape))
             d_scores = torch.bmm(outer, v.transpose(1, 2), out=scratch.take("gradients", n * ctx.heads, length))
             torch._softmax_backward_data(d_scores, p, -1, p.dtype, grad_input=d_scores)
-            scale = q.shape[-1] ** -0.5
-            parts[0].copy_(torch.bmm(d_scores, k).mul_(scale).view(parts[0].shape))
-            parts[1].copy_(torch.bmm(d_scores.transpose(1, 2), q).mul_(scale).view(parts[1].shape))
+            parts[0].copy_(torch.bmm(d_scores, k).mul_(q.shape[-1] ** -0.5).view(parts[0].shape))
+            parts[1].copy_(torch.bmm(d_scores.transpose(1, 2), q).view(parts[1].shape))
         return result, None, None
 
 
@@ -406,9 +406,11 @@ def _cut_groups(groups: list, heads: int, qkv: Tensor):
 
 
 def _split_heads(qkv: Tensor, at: int, n: int, length: int, heads: int) -> Tensor:
-    """Flat (T, 3C) -> q, k and v as one contiguous (3, n H, length, D)."""
+    """Flat (T, 3C) -> q / sqrt(D), k and v as one contiguous (3, n H, length, D)."""
     parts = qkv[at : at + n * length].view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return parts.reshape(3, n * heads, length, -1)
+    parts = parts.clone(memory_format=torch.contiguous_format).view(3, n * heads, length, -1)
+    parts[0].mul_(parts.shape[-1] ** -0.5)
+    return parts
 
 
 def _join_heads(flat: Tensor, at: int, n: int, length: int, heads: int) -> Tensor:
@@ -417,10 +419,12 @@ def _join_heads(flat: Tensor, at: int, n: int, length: int, heads: int) -> Tenso
 
 
 def _attend(q: Tensor, k: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
-    """Attention probabilities (n H, length, length), written to ``out``."""
+    """Attention probabilities (n H, length, length) of scaled q, written to ``out``."""
     if mask is not None:
         out.view(len(mask), -1, *mask.shape[1:]).copy_(mask[:, None].expand(-1, len(out) // len(mask), -1, -1))
-    torch.baddbmm(out, q, k.transpose(1, 2), beta=0 if mask is None else 1, alpha=q.shape[-1] ** -0.5, out=out)
+        torch.baddbmm(out, q, k.transpose(1, 2), out=out)
+    else:
+        torch.bmm(q, k.transpose(1, 2), out=out)
     return torch.softmax(out, -1, out=out)
 
 
