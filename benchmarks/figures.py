@@ -61,11 +61,26 @@ def draw_recipes() -> Path:
     return save_figure(figure, PICTURES / "recipes.svg")
 
 
+def draw_train_curves() -> Path:
+    """The loss of koret and of sentence-transformers on the same batches, one over the other."""
+    found = json.loads((RESULTS / "train_curves.json").read_text(encoding="utf-8"))
+    figure, (axes,) = make_figure(width=6.4, height=2.8)
+    theirs, ours = found["losses"]["sentence-transformers"], found["losses"]["koret"]
+    axes.plot(range(1, len(theirs) + 1), theirs, color=COLOURS["lexical"], linewidth=4, label="sentence-transformers")
+    axes.plot(range(1, len(ours) + 1), ours, color=COLOURS["model"], linewidth=1.4, label="koret")
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("loss", fontsize=8)
+    axes.legend(frameon=False)
+    return save_figure(figure, PICTURES / "train_speed.svg")
+
+
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     print(draw_korquad1())
     if (RESULTS / "recipes.json").is_file():
         print(draw_recipes())
+    if (RESULTS / "train_curves.json").is_file():
+        print(draw_train_curves())
 
 
 if __name__ == "__main__":

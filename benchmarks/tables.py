@@ -187,17 +187,25 @@ def train_speed() -> str:
         arms = {name: row for name, row in case["rows"].items() if "error" not in row}
         rows = [
             [
-                name, f"{row['median']:.2f}", f"{arms['koret']['median'] / row['median']:.2f}",
+                name, f"{row['median']:.2f}", f"{row['median'] / arms['koret']['median']:.2f}x",
                 f"{row['pairs_per_second']:.1f}", f"{row['tokens_per_second']:,.0f}",
                 f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['share_of_limit']:.0%}",
             ]
             for name, row in arms.items()
         ]  # fmt: skip
-        head = ["arm", "s a step", "koret's time / this", "pairs/s", "tokens/s", "peak MB", "of the limit"]
-        parts.append(f"question -> {case['task']}, batch {case['batch']}\n\n" + format_rows(head, rows))
+        head = ["arm", "CPU s a step", "of koret's time", "pairs/s", "tokens/s", "peak MB", "of the limit"]
+        rows += [[name, row["error"], *[""] * 5] for name, row in case["rows"].items() if "error" in row]
+        per_token = case["operations"] / case["tokens"] / 1e6
+        parts.append(
+            f"question -> {case['task']}, batch {case['batch']}: {case['tokens']:,.0f} tokens a step, "
+            f"{per_token:.0f} million operations a token\n\n" + format_rows(head, rows)
+        )
     return (
         "\n".join(parts)
-        + f"\nThe limit: {found['limit'] / 1e9:.0f} GFLOP/s in float32 on {found['threads']} threads.\n"
+        + "\nThe limits: {fp32:.0f} GFLOP/s in float32, {bf16:.0f} in bfloat16".format(
+            **{name: limit / 1e9 for name, limit in found["limits"].items()}
+        )
+        + f"; {found['threads']} thread.\n"
     )
 
 

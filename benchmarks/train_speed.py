@@ -1,23 +1,33 @@
 """Training beside its peers: seconds a step, tokens a second, peak memory, share of the machine's arithmetic.
 
-    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:16 answer:64 passage:16] [--threads 2]
-                                     [--steps 3] [--rounds 2] [--arms koret naive ...] [--device cpu]
+    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:64 passage:32 ...] [--threads 1]
+                                     [--steps 2] [--rounds 2] [--arms koret naive ...] [--device cpu] [--limit-gb 10]
+    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json --curves
 
 Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
 with random weights and the offline base's tokenizer) on the same pairs, with dropout 0.1 on the adapters, AdamW and
 clipping. Each arm is a process of its own in every round, the order turning; its first step is not counted. Arms:
 
   koret         koret train, everything at its defaults
+  koret-small   the same with 2,048 tokens encoded at a time (GradCache)
   naive         the loop many people have: transformers, PEFT, padded batches tokenised as they come
-  st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss
-  st-lean       the same without the base's dropout
-  st-bf16       the same in bfloat16
-  st-cached     the trainer at its defaults with CachedMultipleNegativesRankingLoss, 32 texts at a time
+  st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss, float32
+  st-bf16       the same with bf16=True
+  st-sdpa       bf16 without the base's dropout
+  st-eager      the same with attn_implementation="eager"; the faster of the two is the peer's best
+  st-cached     st-sdpa with CachedMultipleNegativesRankingLoss, 32 texts at a time
+
+Seconds are CPU seconds of all threads (of the clock on CUDA), for others may use the machine; those of the clock are
+kept beside them. A process may take --limit-gb of memory for data; an arm that does not fit is reported as such. A run
+replaces the cases it measured in the results and keeps the others, so it can be done in pieces.
 
 Operations a token of n, with a frozen base of layers of P weights in products: 2 P forward and 2 P backward (no
 weight needs a gradient but the adapters, left out as under 1 %), and 12 C n for attention forward and backward. The
-limit is the fastest 2048 x 2048 product in float32 measured here. Tokens are real ones, distinct texts of a step once.
-Writes results/train_speed.json (train_speed_cuda.json); its table and picture are in docs/RESULTS.md.
+limits are the fastest 2048 x 2048 products measured here, in float32 and bfloat16; an arm is held against its own
+type's. Tokens are real ones, distinct texts of a step once. Writes results/train_speed.json (train_speed_cuda.json).
+
+--curves trains koret and the peer on the same batches from the same adapters, no dropout, float32, and writes both
+losses to results/train_curves.json. Table and pictures are in docs/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -38,12 +48,13 @@ import numpy as np
 import torch
 
 from encode_speed import measure_products
+from koret.retrieval.encoder import DTYPES
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"answer": 64, "passage": 256}  # tokens a text is cut to
 LAYERS, WIDTH, INNER = 12, 384, 1536
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["query", "key", "value"]}
-Seconds = list[float]
+Seconds = list[list[float]]  # of every step: by the clock, and of the CPU
 
 
 def build_model(folder: Path) -> None:
@@ -87,13 +98,28 @@ def list_pairs(config: Any) -> tuple[list[list[tuple[str, str]]], list[int]]:
 # ---------------------------------------------------------------- arms: seconds of every step
 
 
-def train_koret(work: dict[str, Any], folder: Path) -> Seconds:
+def read_clocks() -> list[float]:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return [time.perf_counter(), time.process_time()]
+
+
+def train_koret(work: dict[str, Any], folder: Path, tokens: int | None = None) -> Seconds:
+    """The trainer's own loop; a step lasts from its first gradient to the first of the next, logging included."""
+    from koret.training.batch_gradients import BatchGradients
     from koret.training.trainer import EmbeddingTrainer
 
-    config = make_config(work["data"], work["model"], work["task"], work["batch"], work["steps"], folder)
-    run = EmbeddingTrainer(config, progress=False).train()
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [work["batch"] / line["train/pairs_per_second"] for line in lines if "train/pairs_per_second" in line]
+    config = make_config(work["data"], work["model"], work["task"], work["batch"], work["steps"] + 1, folder)
+    config.micro_batch_tokens = tokens
+    starts, add = [], BatchGradients.add
+
+    def timed(self: BatchGradients, batches: Any) -> torch.Tensor:
+        starts.append(read_clocks())
+        return add(self, batches)
+
+    BatchGradients.add = timed  # type: ignore[method-assign]
+    EmbeddingTrainer(config, progress=False).train()
+    return np.diff(starts[-work["steps"] - 1 :], axis=0).tolist()
 
 
 def train_naive(work: dict[str, Any], folder: Path) -> Seconds:
@@ -114,7 +140,7 @@ def train_naive(work: dict[str, Any], folder: Path) -> Seconds:
 
     seconds = []
     for pairs in work["pairs"]:
-        began = time.perf_counter()
+        began = read_clocks()
         asked = embed([f"query: {question}" for question, _ in pairs])
         found = embed([f"passage: {text}" for _, text in pairs])
         loss = F.cross_entropy(20 * asked @ found.T, torch.arange(len(pairs), device=asked.device))
@@ -123,11 +149,14 @@ def train_naive(work: dict[str, Any], folder: Path) -> Seconds:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        seconds.append(time.perf_counter() - began)
+        seconds.append((np.array(read_clocks()) - began).tolist())
     return seconds
 
 
-def train_peer(work: dict[str, Any], folder: Path, *, lean: bool = False, bf16: bool = False, cached: bool = False):
+def train_peer(
+    work: dict[str, Any], folder: Path, *, attention: str = "sdpa", lean: bool = False, bf16: bool = False,
+    cached: bool = False,
+) -> Seconds:  # fmt: skip
     """SentenceTransformerTrainer; a step lasts from the end of the one before to its own."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -139,7 +168,9 @@ def train_peer(work: dict[str, Any], folder: Path, *, lean: bool = False, bf16: 
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
-    model = SentenceTransformer(str(work["model"]), device=work["device"])
+    model = SentenceTransformer(
+        str(work["model"]), device=work["device"], model_kwargs={"attn_implementation": attention}
+    )
     model.max_seq_length = LENGTHS[work["task"]]
     model.add_adapter(LoraConfig(**LORA, task_type="FEATURE_EXTRACTION"))
     if lean:
@@ -151,16 +182,14 @@ def train_peer(work: dict[str, Any], folder: Path, *, lean: bool = False, bf16: 
     )
     rows = [pair for pairs in work["pairs"] for pair in pairs]
     columns = {"anchor": [f"query: {q}" for q, _ in rows], "positive": [f"passage: {text}" for _, text in rows]}
-    ends: list[float] = []
+    ends: Seconds = []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(read_clocks())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if work["device"] == "cuda":
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            ends.append(read_clocks())
 
     settings = SentenceTransformerTrainingArguments(
         output_dir=str(folder), max_steps=work["steps"], per_device_train_batch_size=work["batch"], learning_rate=1e-3,
@@ -171,16 +200,18 @@ def train_peer(work: dict[str, Any], folder: Path, *, lean: bool = False, bf16: 
         model=model, args=settings, train_dataset=Dataset.from_dict(columns), loss=loss, callbacks=[Clock()]
     )
     trainer.train()
-    return np.diff(ends).tolist()
+    return np.diff(ends, axis=0).tolist()
 
 
 ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "koret": train_koret,
+    "koret-small": lambda work, folder: train_koret(work, folder, tokens=2048),
     "naive": train_naive,
     "st": train_peer,
-    "st-lean": lambda work, folder: train_peer(work, folder, lean=True),
-    "st-bf16": lambda work, folder: train_peer(work, folder, lean=True, bf16=True),
-    "st-cached": lambda work, folder: train_peer(work, folder, cached=True),
+    "st-bf16": lambda work, folder: train_peer(work, folder, bf16=True),
+    "st-sdpa": lambda work, folder: train_peer(work, folder, lean=True, bf16=True),
+    "st-eager": lambda work, folder: train_peer(work, folder, lean=True, bf16=True, attention="eager"),
+    "st-cached": lambda work, folder: train_peer(work, folder, lean=True, bf16=True, cached=True),
 }
 
 
@@ -188,6 +219,8 @@ def work(name: str, task: Path) -> None:
     """In a process of its own: train as arm ``name`` and print seconds of the steps and the peak of memory."""
     given = json.loads(task.read_text(encoding="utf-8"))
     torch.set_num_threads(given["threads"])
+    if given["device"] == "cpu" and sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_DATA, (int(given["limit_gb"] * 2**30),) * 2)
     with tempfile.TemporaryDirectory() as folder:
         seconds = ARMS[name](given, Path(folder))
     if given["device"] == "cuda":
@@ -209,22 +242,24 @@ def count_operations(lengths: Sequence[int]) -> float:
 
 def call(name: str, task: Path, threads: int) -> dict[str, Any]:
     """One arm, once; ``error`` with its last words where it did not come through."""
+    given = json.loads(task.read_text(encoding="utf-8"))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, __file__, "--worker", name, str(task)], capture_output=True, text=True, env=environment
     )
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        return {"error": said[-1] if said else f"exit {done.returncode}"}
+        words = said[-1] if said else f"exit {done.returncode}"
+        return {"error": f"does not fit into {given['limit_gb']} GB" if "allocate memory" in words else words}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(options: argparse.Namespace, model: Path, task: str, batch: int, folder: Path, limit: float) -> dict:
+def measure(options: argparse.Namespace, model: Path, task: str, batch: int, folder: Path, limits: dict) -> dict:
     config = make_config(str(options.data), model, task, batch, options.steps + 1, folder)
     pairs, lengths = list_pairs(config)
     given = {
         "data": str(options.data), "model": str(model), "task": task, "batch": batch, "steps": options.steps + 1,
-        "pairs": pairs, "threads": options.threads, "device": options.device,
+        "pairs": pairs, "threads": options.threads, "device": options.device, "limit_gb": options.limit_gb,
     }  # fmt: skip
     file = folder / f"{task}-{batch}.json"
     file.write_text(json.dumps(given), encoding="utf-8")
@@ -234,45 +269,111 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
     for turn in range(options.rounds):
         at = turn % len(options.arms)
         for name in options.arms[at:] + options.arms[:at]:
-            calls[name].append(call(name, file, options.threads))
+            if not any("error" in one for one in calls[name]):
+                calls[name].append(call(name, file, options.threads))
     rows = {}
     for name, found in calls.items():
         if errors := [one["error"] for one in found if "error" in one]:
             rows[name] = {"error": errors[0]}
-            print(f"  {name:10} {errors[0]}", flush=True)
+            print(f"  {name:11} {errors[0]}", flush=True)
             continue
-        seconds = [s for one in found for s in one["seconds"][1:]]
+        clock, cpu = np.array([s for one in found for s in one["seconds"][1:]]).T.tolist()
+        seconds = clock if options.device == "cuda" else cpu
         took, peak = float(np.median(seconds)), max(one["peak_bytes"] for one in found)
+        limit = limits["fp32" if name in ("naive", "st") else "bf16"]
         rows[name] = {
-            "seconds": seconds, "median": took, "pairs_per_second": batch / took, "tokens_per_second": tokens / took,
+            "seconds": seconds, "clock_seconds": clock, "median": took,
+            "pairs_per_second": batch / took, "tokens_per_second": tokens / took,
             "peak_bytes": peak, "share_of_limit": operations / took / limit,
         }  # fmt: skip
-        print(f"  {name:10} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
+        print(f"  {name:11} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
     return {"task": task, "batch": batch, "tokens": tokens, "operations": operations, "rows": rows}
+
+
+def write_curves(data: Path, folder: Path, steps: int = 25, batch: int = 16) -> None:
+    """Losses of koret and of the peer's model and loss, same batches and adapters: results/train_curves.json."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from koret.retrieval.encoder import load_encoder
+    from koret.training.gradcache import embed_and_backward
+    from koret.training.lora import setup_lora_model
+    from koret.training.loss import info_nce
+
+    build_model(folder / "model")
+    pairs, _ = list_pairs(make_config(str(data), folder / "model", "answer", batch, steps, folder))
+    encoders, none = [], torch.zeros(batch, batch, dtype=torch.bool)
+    for _ in range(2):
+        encoders.append(load_encoder(str(folder / "model"), device="cpu", max_seq_length=LENGTHS["answer"]))
+        setup_lora_model(encoders[-1], r=LORA["r"], alpha=LORA["lora_alpha"], dropout=0.0)
+        for module in encoders[-1].model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        encoders[-1].model.train()
+    ours, theirs = encoders
+    set_peft_model_state_dict(theirs.backbone, get_peft_model_state_dict(ours.backbone))
+    judge, losses = MultipleNegativesRankingLoss(theirs.model), {"koret": [], "sentence-transformers": []}
+    optimizers = [
+        torch.optim.AdamW([p for p in encoder.backbone.parameters() if p.requires_grad], lr=1e-3)
+        for encoder in encoders
+    ]
+    used = 0
+    for step in pairs:
+        if len({text for _, text in step}) < batch:
+            continue  # the peer would take a question's own answer for a negative
+        used += 1
+        texts = [*ours.tokenize([q for q, _ in step], "query"), *ours.tokenize([text for _, text in step], "passage")]
+        chunks = np.array_split(np.arange(2 * batch), 3)
+        loss = embed_and_backward(
+            ours.embed, texts, chunks,
+            lambda found: info_nce(found[:batch], found[batch:], torch.arange(batch), none, scale=20.0).value,
+        )  # fmt: skip
+        losses["koret"].append(loss.item())
+        columns = [[f"query: {q}" for q, _ in step], [f"passage: {text}" for _, text in step]]
+        loss = judge([theirs.model.preprocess(column) for column in columns], None)
+        loss.backward()
+        losses["sentence-transformers"].append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    gap = float(np.abs(np.subtract(*losses.values())).max())
+    print(f"{used} steps, largest difference {gap:.2e}")
+    found = {"batch": batch, "largest_difference": gap, "losses": losses}
+    (RESULTS / "train_curves.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--cases", nargs="+", metavar="TASK:BATCH", default=["answer:16", "answer:64", "passage:16"])
+    parser.add_argument("--cases", nargs="+", metavar="TASK:BATCH", default=["answer:64", "passage:32"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--limit-gb", type=float, default=10.0)
+    parser.add_argument("--curves", action="store_true")
     options = parser.parse_args()
     options.data = options.data.resolve()
     torch.set_num_threads(options.threads)
-    limit = measure_products(torch.float32, options.device)
-    result = {"device": options.device, "threads": options.threads, "limit": limit, "shape": [LAYERS, WIDTH, INNER]}
+    if options.curves:
+        with tempfile.TemporaryDirectory() as place:
+            write_curves(options.data, Path(place))
+        return
+    limits = {name: measure_products(DTYPES[name], options.device) for name in ("fp32", "bf16")}
+    file = RESULTS / ("train_speed.json" if options.device == "cpu" else f"train_speed_{options.device}.json")
+    known = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.is_file() else []
+    result = {"device": options.device, "threads": options.threads, "limits": limits, "shape": [LAYERS, WIDTH, INNER]}
     with tempfile.TemporaryDirectory() as place:
         folder, cases = Path(place), []
         build_model(folder / "model")
         for task, batch in (case.split(":") for case in options.cases):
             print(f"question -> {task}, batch {batch}", flush=True)
-            cases.append(measure(options, folder / "model", task, int(batch), folder, limit))
-    name = "train_speed" if options.device == "cpu" else f"train_speed_{options.device}"
-    (RESULTS / f"{name}.json").write_text(json.dumps({**result, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+            cases.append(measure(options, folder / "model", task, int(batch), folder, limits))
+    for case in cases:
+        known = [old for old in known if (old["task"], old["batch"]) != (case["task"], case["batch"])] + [case]
+    known.sort(key=lambda case: (case["task"], case["batch"]))
+    file.write_text(json.dumps({**result, "cases": known}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,81 @@ def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, che
         assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [2], [64, 64], [65], ODD_LENGTHS * 9], ids=str)
+def test_slices_give_the_gradients_of_the_peft_forward(lengths, monkeypatch):
+    monkeypatch.setattr(packed, "SLICE", 130)
+    module = get_peft_model(
+        build("bert"), LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "dense"])
+    ).double()
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    ids = draw_ids(lengths)
+    weights = torch.randn(len(ids), 32, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad((vectors * weights).sum(), trained)
+        for vectors in (packed.PackedEncoder(module, "mean", torch.float64).forward(ids), pool_padded(module, ids))
+    )
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
+
+
+def test_bf16_gradients_stay_close_to_float64():
+    module = get_peft_model(build("xlm-roberta"), LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value"]))
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    ids = draw_ids(ODD_LENGTHS * 9)
+    weights = torch.randn(len(ids), 32, dtype=torch.float64)
+    exact = torch.autograd.grad((pool_padded(module.double(), ids) * weights).sum(), trained)
+    vectors = packed.PackedEncoder(module.float(), "mean", torch.bfloat16).forward(ids)
+    half = torch.autograd.grad((vectors * weights).sum(), trained)
+    for mine, reference in zip(half, exact, strict=True):
+        assert torch.cosine_similarity(mine.double().flatten(), reference.flatten(), dim=0) > 0.995
+
+
+def test_slices_hold_every_sequence_once_within_their_size():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        layout = packed.plan_layout(rng.integers(1, 200, rng.integers(1, 60)).tolist())
+        slices = packed.cut_slices(layout.groups, 256)
+        assert sum(tokens for tokens, _ in slices) == layout.tokens
+        counts: dict[int, int] = {}
+        for tokens, pieces in slices:
+            assert tokens <= 256
+            at = 0
+            for start, n, length, mask in pieces:
+                assert start == at and n > 0 and (mask is None or mask.shape == (n, length, length))
+                at += n * length
+                counts[length] = counts.get(length, 0) + n
+            assert at == tokens
+        expected: dict[int, int] = {}
+        for _, n, length, _ in layout.groups:
+            expected[length] = expected.get(length, 0) + n
+        assert counts == expected
+
+
+def test_activations_kept_for_the_backward_pass_are_few():
+    """Of a layer of width H: the input of the adapters, its mask, q, k, v, two norms' inputs and the 4 H GELU reads."""
+    shape = {**SHAPE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+    module = BertModel(BertConfig(**shape)).requires_grad_(False)
+    config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["query", "key", "value"])
+    module = get_peft_model(module, config).train()
+    forward, kept = packed.PackedEncoder(module, "mean", torch.bfloat16), {}
+    forward.forward(draw_ids([64] * 2))  # frozen weights are prepared once
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward.forward(draw_ids([64] * 100))
+    numbers = sum(kept.values()) / (2 * 256 * 4 * 6400)
+    assert 9 < numbers < 12.5, numbers  # bf16 numbers in units of H; the frozen weights count too
+
+
 def test_full_training_gradients_equal_those_of_the_padded_forward():
     module, ids = build("roberta"), draw_ids([3, 50, 50, 90, 64])
     weights = torch.randn(len(ids), 32, dtype=torch.float64)

@@ -102,6 +102,60 @@ def test_both_passes_draw_the_same_dropout(tiny_model, path):
     assert not torch.equal(encoder.embed(TEXTS[:2]), encoder.embed(TEXTS[:2]))  # dropout was really on
 
 
+@pytest.mark.parametrize("budget", [None, 100, 1])
+def test_every_chunk_but_the_last_is_embedded_twice(tiny_model, budget):
+    encoder = make_encoder(tiny_model, torch.float32, dropout=0.0)
+    graphs = []
+
+    def embed(ids):
+        graphs.append(torch.is_grad_enabled())
+        return encoder.embed(ids)
+
+    chunks = cut_micro_batches(TEXTS, budget)
+    gradients(encoder, embed, chunks)
+    assert len(graphs) == 2 * len(chunks) - 1
+    assert sum(graphs) == len(chunks)  # each has a graph once
+
+
+def test_loss_curve_coincides_with_that_of_sentence_transformers(tiny_model):
+    """Ten AdamW steps on the same batches from the same adapters: koret in chunks, the peer on padded batches."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    ours, theirs = (make_encoder(tiny_model, torch.float32, dropout=0.0) for _ in range(2))
+    set_peft_model_state_dict(theirs.backbone, get_peft_model_state_dict(ours.backbone))
+    judge, none = MultipleNegativesRankingLoss(theirs.model, scale=20.0), torch.zeros(8, 8, dtype=torch.bool)
+    optimizers = [
+        torch.optim.AdamW([p for p in encoder.backbone.parameters() if p.requires_grad], lr=3e-3)
+        for encoder in (ours, theirs)
+    ]
+    curves, rng, vocabulary = [], np.random.default_rng(0), len(ours.tokenizer)
+    batches = [[rng.integers(5, vocabulary, rng.integers(4, 40)).astype(np.int32) for _ in range(16)] for _ in range(2)]
+
+    def pad(texts):
+        rows = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(t).long() for t in texts], batch_first=True)
+        inside = torch.arange(rows.shape[1])[None] < torch.tensor([[len(t)] for t in texts])
+        return {"input_ids": rows, "attention_mask": inside.long(), "modality": "text"}
+
+    for step in range(10):
+        texts = batches[step % 2]
+        mine = embed_and_backward(
+            ours.embed,
+            texts,
+            cut_micro_batches(texts, 150),
+            lambda found: info_nce(found[:8], found[8:], torch.arange(8), none, scale=20.0).value,
+        )
+        other = judge([pad(texts[:8]), pad(texts[8:])], None)
+        other.backward()
+        curves.append((mine.item(), other.item()))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    mine, other = np.array(curves).T
+    assert other.max() - other.min() > 0.05  # the curve moves, so agreement says something
+    np.testing.assert_allclose(mine, other, rtol=0, atol=1e-3)
+
+
 def test_chunks_hold_every_text_once_within_the_budget():
     lengths = np.array([len(t) for t in TEXTS])
     for budget in (1, 10, 42, 80, 1000, None):

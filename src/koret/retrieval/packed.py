@@ -9,7 +9,8 @@ C width, H heads, D = C / H.
     flat   [a a a c c | b b b b b]          short texts share a block, long ones stand alone; T positions
 
 Attention runs per block with a mask that keeps texts apart, or, for long texts, on groups of exactly equal length;
-its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174).
+its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). On CPU the
+flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from transformers.activations import ACT2FN
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 BLOCK = 64  # tokens of a block that short texts share
 SHORT = 48  # texts up to this many tokens share blocks; longer ones stand alone
-CHUNK_BYTES = 1_500_000  # attention scores worked on at a time on CPU: about what its cache holds
+CHUNK_BYTES = 1_600_000  # attention scores worked on at a time on CPU: about what its cache holds
+SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
 
 
 def explain_unsupported(backbone: nn.Module) -> str | None:
@@ -107,6 +109,25 @@ def plan_padded_layout(lengths: Sequence[int]) -> Layout:
     return Layout(len(lengths) * longest, starts, list(lengths), [(0, len(lengths), longest, mask)])
 
 
+def cut_slices(groups: list, most: int) -> list[tuple[int, list]]:
+    """The groups cut into slices of at most ``most`` tokens, or one sequence: (tokens, groups counted from 0) of each.
+
+    A group that does not fit into what is left of a slice is continued in the next one.
+    """
+    slices: list[tuple[int, list]] = []
+    for _, n, length, mask in groups:
+        first = 0
+        while first < n:
+            if not slices or slices[-1][0] + length > most:
+                slices.append((0, []))
+            filled, pieces = slices[-1]
+            last = min(n, first + max(1, (most - filled) // length))
+            pieces.append((filled, last - first, length, None if mask is None else mask[first:last]))
+            slices[-1] = filled + (last - first) * length, pieces
+            first = last
+    return slices
+
+
 class PackedEncoder:
     """Computes pooled text vectors with the weights of a Hugging Face module, in ``dtype``.
 
@@ -152,61 +173,78 @@ class PackedEncoder:
             for at, n, length, mask in layout.groups
         ]
         x = self._embed(tokens, positions + self.first_position)
-        for layer in self.core.encoder.layer:
+        layers = [self._read_layer(layer) for layer in self.core.encoder.layer]
+        slices = [(layout.tokens, groups)]
+        # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
+        if device.type == "cpu" and not any(layer.trains for layer in layers):
+            slices = cut_slices(groups, SLICE * torch.get_num_threads())
+        parts = [
+            self._run_slice(layers, part, inside)
+            for part, (_, inside) in zip(x.split([n for n, _ in slices]), slices, strict=True)
+        ]
+        return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), layout, owner, device)
+
+    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: list) -> Tensor:
+        for layer in layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._run_layer, layer, x, groups, use_reentrant=False)
             else:
                 x = self._run_layer(layer, x, groups)
-        return self._pool(x, layout, owner, device)
+        return x
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         parts = self.core.embeddings
         x = F.embedding(tokens, parts.word_embeddings.weight) + F.embedding(positions, parts.position_embeddings.weight)
         x = x + parts.token_type_embeddings.weight[0]
-        x = _normalize(_widen(x), parts.LayerNorm, self.epsilon).to(self.dtype)
+        norm = parts.LayerNorm
+        x = F.layer_norm(_widen(x), (x.shape[1],), norm.weight, norm.bias, self.epsilon).to(self.dtype)
         projection = getattr(self.core, "embeddings_project", None)
-        return x if projection is None else self._linear(x, projection)
+        return x if projection is None else self._read_linear(projection).apply(x)
 
-    def _run_layer(self, layer: nn.Module, x: Tensor, groups: list) -> Tensor:
+    def _read_layer(self, layer: nn.Module) -> _Layer:
+        """A layer's parameters, gathered once however many slices go through it."""
         attention, joined = layer.attention.self, layer.attention.output
-        qkv = self._linear(x, attention.query, attention.key, attention.value)
-        mixed = BlockAttention.apply(qkv, groups, self.heads)
-        x = _normalize(self._linear(mixed, joined.dense) + x, joined.LayerNorm, self.epsilon)
-        hidden = self.activation(self._linear(x, layer.intermediate.dense))
-        return _normalize(self._linear(hidden, layer.output.dense) + x, layer.output.LayerNorm, self.epsilon)
+        linears = [
+            self._read_linear(*modules)
+            for modules in (
+                (attention.query, attention.key, attention.value),
+                (joined.dense,),
+                (layer.intermediate.dense,),
+                (layer.output.dense,),
+            )
+        ]
+        norms = [(self._read([n.weight]), self._read([n.bias])) for n in (joined.LayerNorm, layer.output.LayerNorm)]
+        return _Layer(linears, norms)
 
-    def _linear(self, x: Tensor, *modules: nn.Module) -> Tensor:
-        """x (T, C) through one or several linear layers side by side as one product: (T, sum of widths).
+    def _run_layer(self, layer: _Layer, x: Tensor, groups: list) -> Tensor:
+        qkv, join, widen, narrow = layer.linears
+        mixed = BlockAttention.apply(qkv.apply(x), groups, self.heads)
+        x = F.layer_norm(join.apply(mixed) + x, (x.shape[1],), *layer.norms[0], self.epsilon)
+        hidden = self.activation(widen.apply(x))
+        return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
 
-        LoRA (Hu et al. 2021, arXiv 2106.09685): W x + scaling * B A dropout(x), the A of all layers stacked, the B
-        block-diagonal, so that any number of adapted layers costs two more products. DoRA (Liu et al. 2024, arXiv
-        2402.09353) multiplies that by m / |W + scaling * B A|, row by row, before the bias is added; its dropout is
-        on A's input alone, where PEFT drops the input of W too.
-        """
+    def _read_linear(self, *modules: nn.Module) -> _Linear:
         bases = [getattr(m, "base_layer", m) for m in modules]
-        bias = self._read([b.bias for b in bases]) if bases[0].bias is not None else None
+        weights, biases = [b.weight for b in bases], [b.bias for b in bases]
         adapters = [_find_adapter(m) for m in modules]
         active = [a for a in adapters if a is not None]
-        factors = [None if a is None else a.find_factors(b) for a, b in zip(adapters, bases, strict=True)]
-        scaled = any(factor is not None for factor in factors)
-        y = self._multiply(x, [b.weight for b in bases], None if scaled else bias)
-        if active:
-            down = torch.cat([a.down for a in active]).to(self.dtype)  # (sum of ranks, C)
-            up = _stack_diagonal(adapters, [b.out_features for b in bases]).to(self.dtype)  # (widths, ranks), summed
-            dropped = drop_fast(x, active[0].dropout) if active[0].training else x
-            y = torch.addmm(y, F.linear(dropped, down), up.t())
-        if not scaled:
-            return y
-        like = next(factor for factor in factors if factor is not None)
-        rows = [like.new_ones(b.out_features) if f is None else f for b, f in zip(bases, factors, strict=True)]
-        y = y * torch.cat(rows).to(self.dtype)
-        return y if bias is None else y + bias
-
-    def _multiply(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
-        if not any(map(is_four_bit, weights)):
-            return F.linear(x, self._read(weights), bias)
-        y = torch.cat([FourBitLinear.apply(x, weight) for weight in weights], dim=1)
-        return y if bias is None else y + bias
+        found = [None if a is None else a.find_factors(b) for a, b in zip(adapters, bases, strict=True)]
+        factors = None
+        if any(factor is not None for factor in found):
+            like = next(factor for factor in found if factor is not None)
+            ones = [like.new_ones(b.out_features) for b in bases]
+            factors = torch.cat([one if f is None else f for f, one in zip(found, ones, strict=True)]).to(self.dtype)
+        four_bit = any(map(is_four_bit, weights))
+        return _Linear(
+            weight=None if four_bit else self._read(weights),
+            four_bit=weights if four_bit else [],
+            bias=None if biases[0] is None else self._read(biases),
+            down=torch.cat([a.down for a in active]) if active else None,
+            up=_stack_diagonal(adapters, [b.out_features for b in bases]) if active else None,
+            dropout=active[0].dropout if active and active[0].training else 0.0,
+            factors=factors,
+            trains=any(p.requires_grad for p in (*weights, *biases) if p is not None),
+        )
 
     def _read(self, parameters: list[Tensor]) -> Tensor:
         """The parameters stacked in the compute type: cached while frozen, live while trained."""
@@ -225,6 +263,55 @@ class PackedEncoder:
         x = _widen(x)
         sums = x.new_zeros(len(layout.lengths) + 1, x.shape[1]).index_add(0, owner, x)
         return sums[:-1] / torch.tensor(layout.lengths, dtype=x.dtype, device=device)[:, None]
+
+
+@dataclass
+class _Linear:
+    """One or several linear layers side by side, as one product: W x + scaling * B A dropout(x) + bias.
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685) has the A of all layers stacked and the B block-diagonal, so that any
+    number of adapted layers costs two more products. DoRA (Liu et al. 2024, arXiv 2402.09353) multiplies W + B A by
+    ``factors``, m / |W + scaling * B A|, row by row, before the bias is added; its dropout is on A's input alone, where
+    PEFT drops the input of W too.
+    """
+
+    weight: Tensor | None  # (sum of widths, C), compute type; None where ``four_bit`` has the layers' weights
+    four_bit: list[Tensor]
+    bias: Tensor | None  # (sum of widths,)
+    down: Tensor | None  # (sum of ranks, C), as trained: cast at every use, so that slices' gradients add up in it
+    up: Tensor | None  # (sum of widths, sum of ranks), scaling included
+    dropout: float  # 0 outside of training
+    factors: Tensor | None  # (sum of widths,)
+    trains: bool  # whether W or the bias is trained
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (T, C) -> (T, sum of widths)."""
+        early = self.bias if self.factors is None else None
+        if self.weight is not None:
+            y = F.linear(x, self.weight, early)
+        else:
+            y = torch.cat([FourBitLinear.apply(x, weight) for weight in self.four_bit], dim=1)
+            y = y if early is None else y + early
+        if self.down is not None:
+            dropped = drop_fast(x, self.dropout) if self.dropout else x
+            y = y.addmm_(F.linear(dropped, self.down.to(x.dtype)), self.up.to(x.dtype).t())
+        if self.factors is not None:
+            y = y * self.factors
+            y = y if self.bias is None else y + self.bias
+        return y
+
+
+@dataclass
+class _Layer:
+    """A transformer layer: q/k/v, attention's output, feed-forward up and down; norms after attention and at end."""
+
+    linears: list[_Linear]
+    norms: list[tuple[Tensor, Tensor]]
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything but adapters is trained."""
+        return any(linear.trains for linear in self.linears) or any(w.requires_grad for w, _ in self.norms)
 
 
 def is_four_bit(weight: Tensor) -> bool:
@@ -262,11 +349,16 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, groups: list, heads: int) -> Tensor:
         """qkv (T, 3C) -> (T, C)."""
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+        scratch = _Scratch(qkv)
         for at, n, length, mask in _cut_groups(groups, heads, qkv):
             q, k, v = _split_heads(qkv, at, n, length, heads)
-            bias = None if mask is None else mask[:, None]
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            _join_heads(out, at, n, length, heads).copy_(mixed.transpose(1, 2))
+            if qkv.device.type == "cpu":
+                mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
+            else:
+                q, k, v = (part.view(n, heads, length, -1) for part in (q, k, v))
+                bias = None if mask is None else mask[:, None]
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
         ctx.save_for_backward(qkv)
         ctx.groups, ctx.heads = groups, heads
         return out
@@ -274,18 +366,32 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (qkv,) = ctx.saved_tensors
-        result = torch.empty_like(qkv)
+        result, scratch = torch.empty_like(qkv), _Scratch(qkv)
         for at, n, length, mask in _cut_groups(ctx.groups, ctx.heads, qkv):
             q, k, v = _split_heads(qkv, at, n, length, ctx.heads)
-            probabilities = _attend(q, k, mask)
-            outer = _join_heads(gradient, at, n, length, ctx.heads).transpose(1, 2)
-            d_scores = torch._softmax_backward_data(outer @ v.transpose(2, 3), probabilities, -1, qkv.dtype)
-            d_scores.mul_(q.shape[-1] ** -0.5)
-            parts = result[at : at + n * length].view(n, length, 3, ctx.heads, -1)
-            parts[:, :, 0].copy_((d_scores @ k).transpose(1, 2))
-            parts[:, :, 1].copy_((d_scores.transpose(2, 3) @ q).transpose(1, 2))
-            parts[:, :, 2].copy_((probabilities.transpose(2, 3) @ outer).transpose(1, 2))
+            p = _attend(q, k, mask, scratch.take("scores", n * ctx.heads, length))
+            outer = _join_heads(gradient, at, n, length, ctx.heads).transpose(1, 2).reshape(q.shape)
+            parts = result[at : at + n * length].view(n, length, 3, ctx.heads, -1).permute(2, 0, 3, 1, 4)
+            parts[2].copy_(torch.bmm(p.transpose(1, 2), outer).view(parts[2].shape))
+            d_scores = torch.bmm(outer, v.transpose(1, 2), out=scratch.take("gradients", n * ctx.heads, length))
+            torch._softmax_backward_data(d_scores, p, -1, p.dtype, grad_input=d_scores)
+            parts[0].copy_(torch.bmm(d_scores, k).mul_(q.shape[-1] ** -0.5).view(parts[0].shape))
+            parts[1].copy_(torch.bmm(d_scores.transpose(1, 2), q).view(parts[1].shape))
         return result, None, None
+
+
+class _Scratch:
+    """Memory for scores that every piece of a call writes anew: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.kept = like, dict[str, Tensor]()
+
+    def take(self, name: str, n: int, length: int) -> Tensor:
+        """(n, length, length), not initialised."""
+        size = n * length * length
+        if name not in self.kept or self.kept[name].numel() < size:
+            self.kept[name] = self.like.new_empty(size)
+        return self.kept[name][:size].view(n, length, length)
 
 
 def _cut_groups(groups: list, heads: int, qkv: Tensor):
@@ -299,10 +405,12 @@ def _cut_groups(groups: list, heads: int, qkv: Tensor):
             yield at + first * length, last - first, length, None if mask is None else mask[first:last]
 
 
-def _split_heads(qkv: Tensor, at: int, n: int, length: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat (T, 3C) -> three (n, H, length, D) views."""
-    q, k, v = qkv[at : at + n * length].view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return q, k, v
+def _split_heads(qkv: Tensor, at: int, n: int, length: int, heads: int) -> Tensor:
+    """Flat (T, 3C) -> q / sqrt(D), k and v as one contiguous (3, n H, length, D)."""
+    parts = qkv[at : at + n * length].view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    parts = parts.clone(memory_format=torch.contiguous_format).view(3, n * heads, length, -1)
+    parts[0].mul_(parts.shape[-1] ** -0.5)
+    return parts
 
 
 def _join_heads(flat: Tensor, at: int, n: int, length: int, heads: int) -> Tensor:
@@ -310,16 +418,14 @@ def _join_heads(flat: Tensor, at: int, n: int, length: int, heads: int) -> Tenso
     return flat[at : at + n * length].view(n, length, heads, -1)
 
 
-def _attend(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention probabilities (n, H, length, length)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+def _attend(q: Tensor, k: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
+    """Attention probabilities (n H, length, length) of scaled q, written to ``out``."""
     if mask is not None:
-        scores += mask[:, None]
-    return torch.softmax(scores, -1)
-
-
-def _normalize(x: Tensor, layer: nn.LayerNorm, epsilon: float) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), layer.weight.to(x.dtype), layer.bias.to(x.dtype), epsilon)
+        out.view(len(mask), -1, *mask.shape[1:]).copy_(mask[:, None].expand(-1, len(out) // len(mask), -1, -1))
+        torch.baddbmm(out, q, k.transpose(1, 2), out=out)
+    else:
+        torch.bmm(q, k.transpose(1, 2), out=out)
+    return torch.softmax(out, -1, out=out)
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -376,10 +482,26 @@ def _stack_diagonal(adapters: list[_Adapter | None], widths: list[int]) -> Tenso
 def drop_fast(x: Tensor, p: float) -> Tensor:
     """Dropout with probability ``p`` (in steps of 1/65536); on CPU from 16-bit draws, faster than F.dropout.
 
-    The draws come from torch's default generator, so restoring its state repeats the mask.
+    The draws come from torch's default generator, so restoring its state repeats the mask. A byte a value is kept.
     """
     if x.device.type != "cpu":
         return F.dropout(x, p, True)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 65536) - 32768
-    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+    return MaskedScale.apply(x, keep, 1 / (1 - p))
+
+
+class MaskedScale(torch.autograd.Function):
+    """x * keep * factor; keeps the mask as bytes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, keep: Tensor, factor: float) -> Tensor:
+        """x and keep of one shape -> the same shape."""
+        ctx.save_for_backward(keep)
+        ctx.factor = factor
+        return keep.to(x.dtype).mul_(factor).mul_(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return keep.to(gradient.dtype).mul_(ctx.factor).mul_(gradient), None, None

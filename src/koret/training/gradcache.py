@@ -2,8 +2,9 @@
 
 Gao et al. 2021 (GradCache, arXiv:2101.06983): embed every chunk without a graph; take the loss of all embeddings
 and its gradient with respect to them; embed every chunk again with a graph and push that gradient through. Memory
-is one chunk's activations instead of the batch's, for one more forward pass. Both passes draw the same dropout
-masks, because each chunk starts from the random state it had the first time.
+is one chunk's activations instead of the batch's, for one more forward pass of all chunks but the last: there is room
+for one graph, so the last chunk keeps its own from the first pass. Both passes draw the same dropout masks, because
+each chunk starts from the random state it had the first time.
 """
 
 from __future__ import annotations
@@ -42,16 +43,19 @@ def embed_and_backward(
 
     states, parts = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk in chunks[:-1]:
             states.append(read_random_state())
             parts.append(embed([texts[i] for i in chunk]))
-    embeddings = torch.cat(parts).requires_grad_()
+    last = embed([texts[i] for i in chunks[-1]])
+    embeddings = torch.cat([*parts, last.detach()]).requires_grad_()
     loss = loss_of(embeddings[order.to(embeddings.device)])
     loss.backward()
 
     after = read_random_state()
     wanted = embeddings.grad.split([len(chunk) for chunk in chunks])
-    for chunk, state, gradient in zip(chunks, states, wanted, strict=True):
+    last.backward(wanted[-1])
+    del last
+    for chunk, state, gradient in zip(chunks[:-1], states, wanted[:-1], strict=True):
         set_random_state(state)
         embed([texts[i] for i in chunk]).backward(gradient)
     set_random_state(after)
