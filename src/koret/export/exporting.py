@@ -79,14 +79,18 @@ def export_model(
     trained = find_runs(model)
     if (lora_strength is not None or extra) and not trained:
         raise ValueError(f"--lora-strength and --extra: {model} is not a run, so what it was tuned from is not known")
-    if dataset_root is None and not trained:
-        raise ValueError(f"{model} is not a run of koret, so it has no questions of its own: name some, --dataset-root")
     target = _choose_folder(out, model, trained, kind, dims, trim_vocab, lora_strength)
     others = [read_beir(folder) for folder in extra]
     encoder = load_encoder(model, device="cpu")
+    if dataset_root is None and not trained:
+        raise ValueError(f"{model} is not a run of koret, so it has no questions of its own: name some, --dataset-root")
     layout.check_modules(encoder)
     if dims is not None:
         layout.check_dims(encoder, dims)
+    trim, trimmed = None, None
+    if trim_vocab is not None:
+        texts = read_corpus(trim_vocab, encoder, trained, **loading)
+        trim = vocabulary.plan_trim(encoder, texts, anyway=trim_anyway)
     source = dataset_root if dataset_root is not None else trained[0].config["dataset_root"]
     chosen = select_questions(
         *open_data(source, encoder, trained, progress=progress, **loading),
@@ -99,10 +103,7 @@ def export_model(
         weight = 1.0 if lora_strength is None else lora_strength
         strength = _set_strength(encoder, trained[0], weight, [task, *others], progress)
     reference = parity.measure_reference(task, encoder, progress=progress)
-    trim, trimmed = None, None
-    if trim_vocab is not None:
-        texts = read_corpus(trim_vocab, encoder, trained, **loading)
-        trim = vocabulary.plan_trim(encoder, texts, anyway=trim_anyway)
+    if trim is not None:
         trimmed = _describe_trim(trim, vocabulary.trim_encoder(encoder, trim, texts), trim_vocab)
     encoder = layout.shape_output(encoder, dims)
     limits = replace(
