@@ -238,8 +238,7 @@ class PackedEncoder:
 def can_reorder(x: Tensor, weights: list[Tensor]) -> bool:
     """Whether oneDNN can multiply ``x`` (T, C) with these frozen weights, kept in an order of its own.
 
-    Nothing is reordered at every product then: a few tokens gain most (a question alone took three quarters of the
-    time), long batches least.
+    Nothing is reordered at every product then: a few tokens gain most, long batches least.
     """
     return (
         x.device.type == "cpu"
