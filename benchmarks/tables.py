@@ -100,6 +100,58 @@ def serve_load() -> str:
     return format_rows(head, rows)
 
 
+def export() -> str:
+    """Every kind of export: size, ranking, vectors, speed and verdict."""
+    found, rows = read("export"), []
+    for name, row in found["variants"].items():
+        gap, (before, after) = row["ndcg@10"]["difference"], (row["speed"][key] for key in ("before", "after"))
+        rows.append([
+            name.replace(" merged,", ""), f"{row['bytes']['after'] / 1e6:.1f} MB",
+            "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**gap),
+            f"{min(cosine['worst'] for cosine in row['cosine'].values()):.5f}",
+            f"{before['texts_per_second']:.0f} → {after['texts_per_second']:.0f}",
+            " → ".join(f"{speed['p50_ms']:.0f} / {speed['p99_ms']:.0f}" for speed in (before, after)),
+            "passed" if row["passed"] else "**failed**: " + ", ".join(name_failed(row)),
+        ])  # fmt: skip
+    first = found["variants"]["merged"]
+    head = [
+        "export",
+        "size",
+        "nDCG@10 difference [95%]",
+        "worst cosine",
+        "passages/s",
+        "one question, p50 / p99 ms",
+        "parity",
+    ]
+    task, machine = first["task"], found["machine"]
+    return (
+        f"{machine['threads']} threads, float32 original of {first['bytes']['before'] / 1e6:.1f} MB, tuned nDCG@10 "
+        f"{first['ndcg@10']['before']:.3f}; {task['queries']} held-out questions of {task['groups']} articles over "
+        f"{task['corpus']} passages.\n\n" + format_rows(head, rows)
+    )
+
+
+def name_failed(row: dict[str, Any]) -> list[str]:
+    """What a failed export missed, in few words."""
+    missed = [check["name"] for check in row["checks"] if not check["passed"]]
+    return ["bits" if "rescoring" in name else "ranking" if "nDCG" in name else name for name in missed]
+
+
+def export_stored() -> str:
+    """nDCG@10 of every way to keep vectors of every length, tuned for it (Matryoshka) or not."""
+    variants = {name: row for name, row in read("export")["variants"].items() if row["stored"]}
+    ways = [way["name"] for way in next(iter(variants.values()))["stored"]]
+    rows = []
+    for name, row in variants.items():
+        label = name.replace("merged, ", "").replace(" dimensions", "")
+        for n, way in enumerate(row["stored"]):
+            gap = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**way["difference"])
+            rows.append(
+                [label if not n else "", ways[n], str(way["searched"]), str(way["kept"]), f"{way['ndcg']:.3f}", gap]
+            )
+    return format_rows(["dimensions", "vectors", "bytes searched", "bytes kept", "nDCG@10", "difference [95%]"], rows)
+
+
 def web_load() -> str:
     found = read("web_load")
     head = ["columns", "one user", f"{found['rows'][1]['users']} users who read", "as many, back to back"]
@@ -223,6 +275,8 @@ TABLES: dict[str, Callable[[], str]] = {
         encode_speed,
         encode_hours,
         serve_load,
+        export,
+        export_stored,
         web_load,
         recipes,
         korquad1,

@@ -23,6 +23,7 @@ import numpy as np
 from koret.export.runtime import open_exported
 
 TORCH = "torch==2.13.0"  # first, and again with the rest: the index's newest would bring CUDA
+UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 ENVIRONMENTS = {
     "onnx": ["sentence-transformers==5.7.0", "optimum-onnx==0.1.0", "onnxruntime"],
     "openvino": ["sentence-transformers", "optimum-intel", "openvino"],
@@ -62,7 +63,7 @@ def check(folder: Path, work: Path) -> bool:
     backend = files[0].partition("/")[0] if files else "torch"
     standard = ("onnx/model.onnx", "openvino/openvino_model.xml")
     file = None if not files or files[0] in standard else files[0]
-    python = make_environment(backend, work)
+    python = make_environment(work / backend, ENVIRONMENTS[backend])
     asked = json.dumps([str(folder), backend, file, TEXTS])
     done = subprocess.run([str(python), "-c", LOAD, asked], capture_output=True, text=True, cwd=work)
     if done.returncode:
@@ -79,17 +80,16 @@ def check(folder: Path, work: Path) -> bool:
     return passed
 
 
-def make_environment(backend: str, work: Path) -> Path:
-    """The Python of the backend's environment, made when it is not there yet."""
-    home = work / backend
+def make_environment(home: Path, packages: list[str]) -> Path:
+    """The Python of an environment with torch and ``packages``, made in ``home`` when it is not there yet."""
     python = home / "bin" / "python"
     if not (home / "ready").exists():
-        print(f"making the environment for {backend} in {home}", file=sys.stderr)
+        print(f"making the environment for {home.name} in {home}", file=sys.stderr)
         venv.create(home, with_pip=True, clear=True)
-        for packages in ([TORCH], [TORCH, *ENVIRONMENTS[backend]]):
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
-        # optimum-intel asks for torchvision, whose CUDA build does not import beside torch's CPU build; texts need none
-        subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", "torchvision"], check=True)
+        for more in ([], packages):
+            subprocess.run([str(python), "-m", "pip", "install", "-q", TORCH, *more], check=True)
+        # asked for by optimum-intel and vLLM, but these builds do not load beside torch's CPU build; texts need none
+        subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", *UNNEEDED], check=True)
         (home / "ready").touch()
     return python
 

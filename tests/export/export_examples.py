@@ -58,7 +58,7 @@ def build_wordpiece_model(seed: int = 0) -> TextEncoder:
     )  # fmt: skip
 
 
-def build_unigram_model(texts: list[str], size: int = 400) -> TextEncoder:
+def build_unigram_model(texts: list[str], size: int = 400, width: int = 32) -> TextEncoder:
     """An XLM-RoBERTa of 2 layers whose Unigram tokenizer is trained on ``texts``; laid out as multilingual-e5's is."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
@@ -82,7 +82,7 @@ def build_unigram_model(texts: list[str], size: int = 400) -> TextEncoder:
         "unk_token": "<unk>", "mask_token": "<mask>",
     }  # fmt: skip
     config = XLMRobertaConfig(
-        vocab_size=backend.get_vocab_size() + 7, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=backend.get_vocab_size() + 7, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=66, type_vocab_size=1, initializer_range=0.3,
     )  # fmt: skip
     return _assemble(
@@ -96,5 +96,7 @@ def _assemble(backbone, tokenizer, sentence_transformer, transformer, pooling, n
         backbone.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         first = transformer(folder, max_seq_length=48)
-    model = sentence_transformer(modules=[first, pooling(32, "mean"), normalize()], device="cpu")
+    model = sentence_transformer(
+        modules=[first, pooling(backbone.config.hidden_size, "mean"), normalize()], device="cpu"
+    )
     return TextEncoder(model, name="tiny")

@@ -99,6 +99,47 @@ def test_strength_dims_bits_and_trim_together(run, questions, tmp_path):
     assert done.record["dimensions"] == 24
 
 
+def test_what_was_forgotten_elsewhere_is_said_at_every_strength(run, tmp_path, capsys):
+    elsewhere = write_beir(tmp_path / "elsewhere")
+    command = ["export", str(run), "--to", "merged", "--num-workers", "0", "--extra", str(elsewhere)]
+    assert cli.main([*command, "--out", str(tmp_path / "whole")]) == 0
+    shown = capsys.readouterr().out
+    assert "100% of the tuning on elsewhere: nDCG@10 " in shown and "all of it" not in shown
+    assert cli.main([*command, "--out", str(tmp_path / "half"), "--lora-strength", "0.5"]) == 0
+    card = (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
+    points = json.loads((tmp_path / "half" / "parity.json").read_bytes())["strength"]["points"]
+    assert [point["weight"] for point in points] == [0, 0.5, 1]
+    (home,) = set(points[0]["scores"]) - {"elsewhere"}
+    for task in (home, "elsewhere"):
+        means = [point["scores"][task]["mean"] for point in points]
+        found = [points[n]["verdicts"][task]["verdict"] for n in (1, 2)]
+        assert (
+            f"50% of the tuning on {task}: nDCG@10 {means[0]:.3f} -> {means[1]:.3f}, {found[0]} "
+            f"(all of it: {means[2]:.3f}, {found[1]})"
+        ) in card
+    assert cli.main([*command[:-2], "--out", str(tmp_path / "alone"), "--lora-strength", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "0% of the tuning" in shown and "the base itself" in shown and "elsewhere was not asked" in shown
+    base = load_encoder(run.parent / "base")
+    assert np.array_equal(load_encoder(tmp_path / "alone").encode(TEXTS, "query"), base.encode(TEXTS, "query"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        export(run, "merged", tmp_path / "none", extra=[tmp_path / "nowhere"])
+    assert not (tmp_path / "none").exists()
+
+
+def write_beir(folder: Path) -> Path:
+    """Four texts, a question to each, in the layout of BEIR."""
+    (folder / "qrels").mkdir(parents=True)
+    places = ["제주도", "부산", "강릉", "전주"]
+    rows = [json.dumps({"_id": f"d{i}", "text": f"{place} 사람들은 축제를 연다."}) for i, place in enumerate(places)]
+    (folder / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    rows = [json.dumps({"_id": f"q{i}", "text": f"{place} 축제"}) for i, place in enumerate(places)]
+    (folder / "queries.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(4))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged, encoding="utf-8")
+    return folder
+
+
 def test_an_export_that_ranks_otherwise_fails_by_name_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     real = exporting.open_exported
 
@@ -142,8 +183,9 @@ def test_wrong_requests_are_refused_before_anything_is_written(run, tmp_path, mo
             exporting.export_model(run, out=out, num_workers=0, **given)
     with pytest.raises(ValueError, match="no run of koret|not a run of koret"):
         exporting.export_model(run.parent / "base", "merged", out=out)
-    with pytest.raises(ValueError, match="what it was tuned from is not known"):
-        exporting.export_model(run.parent / "base", "merged", out=out, lora_strength=0.5)
+    for given in ({"lora_strength": 0.5}, {"extra": [tmp_path]}):
+        with pytest.raises(ValueError, match="what it was tuned from is not known"):
+            exporting.export_model(run.parent / "base", "merged", out=out, **given)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is no export of koret"):

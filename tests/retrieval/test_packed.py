@@ -225,6 +225,27 @@ def test_weights_changed_in_place_are_seen():
     assert torch.allclose(forward(ids), pool_padded(module, ids), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypatch):
+    module, ids = build("bert", torch.float32).requires_grad_(False), draw_ids(ODD_LENGTHS)
+    if adapted:
+        module = get_peft_model(module, LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
+        module.eval()
+    forward = packed.PackedEncoder(module, "mean", torch.float32).forward
+    assert packed.can_reorder(torch.float32, [packed.find_core(module).encoder.layer[0].output.dense.weight])
+    with torch.no_grad():
+        fast, padded = forward(ids), pool_padded(module, ids)
+        assert torch.allclose(fast, padded, atol=2e-5, rtol=0)
+        packed.find_core(module).encoder.layer[1].output.dense.weight.mul_(2)  # what was reordered is stale now
+        changed = forward(ids)
+        assert torch.allclose(changed, pool_padded(module, ids), atol=2e-5, rtol=0)
+        assert not torch.allclose(changed, fast, atol=1e-3)
+        monkeypatch.setattr(packed, "can_reorder", lambda x, weights: False)
+        assert torch.allclose(forward(ids), changed, atol=5e-6, rtol=0)
+    assert not packed.can_reorder(torch.float64, [torch.ones(3, 32)])
+    assert not packed.can_reorder(torch.float32, [torch.ones(3, 32, requires_grad=True)])
+
+
 def test_fast_dropout_keeps_its_rate_and_repeats_with_the_generator():
     torch.manual_seed(3)
     state = torch.get_rng_state()

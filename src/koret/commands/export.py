@@ -32,7 +32,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
         "--lora-strength", type=float, metavar="S", help="share of the tuning to keep, 0 to 1 (default 1)"
     )
     command.add_argument(
-        "--extra", metavar="DIR", action="append", default=[], help="with --lora-strength: also score this BEIR set"
+        "--extra", metavar="DIR", action="append", default=[], help="say what the tuning kept forgot on this BEIR set"
     )
     command.add_argument("--out", metavar="DIR", help="folder to write (default: exports/ in the run)")
     command.add_argument("--dataset-root", metavar="DATA", help="questions to prove it on (default: the run's own)")
@@ -118,11 +118,8 @@ def _show(found, as_json: bool) -> None:
             gap = parity.format_gap(way.difference)
             table.add_row(way.name, str(way.searched), str(way.kept), f"{way.ndcg:.4f}", escape(gap))
         console.print(table)
-    if found.strength:
-        console.print(f"strength {found.strength['weight']:g}: " + "; ".join(
-            f"{point['weight']:g} -> " + ", ".join(f"{task} {s['mean']:.3f}" for task, s in point["scores"].items())
-            for point in found.strength["points"]
-        ), markup=False, highlight=False)  # fmt: skip
+    for line in parity.describe_strength(found.strength) if found.strength else ():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for check in found.checks:
         mark = "[green]ok[/]" if check.passed else "[bold red]FAILED[/]"
         console.print(f"{mark:>6}  {escape(check.sentence)}", highlight=False)

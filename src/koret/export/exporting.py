@@ -67,7 +67,8 @@ def export_model(
 
     ``to``: 'merged' (safetensors), 'onnx' or 'openvino'; ``int8`` for the last two. ``dims`` keeps the first numbers of
     a vector; ``binary`` also measures bits with rescoring; ``trim_vocab`` is a text file (a passage a line) or a data
-    set whose tokens stay; ``lora_strength`` is the share of the tuning kept, scored also on ``extra`` (BEIR folders).
+    set whose tokens stay; ``lora_strength`` is the share of the tuning kept. On ``extra`` (BEIR folders) is reported
+    what that share, or without one the whole tuning, forgot.
     ``dataset_root``: what is asked (default: the run's own questions). ``loading`` goes to ``load_dataset``.
 
     The default folder is ``exports/`` in the run. Raises ParityFailed when a limit does not hold: then no folder is
@@ -76,15 +77,20 @@ def export_model(
     kind = _check_request(to, int8, dims, lora_strength)
     conversion.require_packages(kind)
     trained = find_runs(model)
-    if lora_strength is not None and not trained:
-        raise ValueError(f"--lora-strength: {model} is not a run, so what it was tuned from is not known")
+    if (lora_strength is not None or extra) and not trained:
+        raise ValueError(f"--lora-strength and --extra: {model} is not a run, so what it was tuned from is not known")
+    target = _choose_folder(out, model, trained, kind, dims, trim_vocab, lora_strength)
+    others = [read_beir(folder) for folder in extra]
+    encoder = load_encoder(model, device="cpu")
     if dataset_root is None and not trained:
         raise ValueError(f"{model} is not a run of koret, so it has no questions of its own: name some, --dataset-root")
-    target = _choose_folder(out, model, trained, kind, dims, trim_vocab, lora_strength)
-    encoder = load_encoder(model, device="cpu")
     layout.check_modules(encoder)
     if dims is not None:
         layout.check_dims(encoder, dims)
+    trim, trimmed = None, None
+    if trim_vocab is not None:
+        texts = read_corpus(trim_vocab, encoder, trained, **loading)
+        trim = vocabulary.plan_trim(encoder, texts, anyway=trim_anyway)
     source = dataset_root if dataset_root is not None else trained[0].config["dataset_root"]
     chosen = select_questions(
         *open_data(source, encoder, trained, progress=progress, **loading),
@@ -93,13 +99,11 @@ def export_model(
     task = chosen.tasks[0]
     fingerprint = encoder.fingerprint()
     strength = None
-    if lora_strength is not None:
-        strength = _set_strength(encoder, trained[0], lora_strength, [task, *map(read_beir, extra)], progress)
+    if lora_strength is not None or extra:
+        weight = 1.0 if lora_strength is None else lora_strength
+        strength = _set_strength(encoder, trained[0], weight, [task, *others], progress)
     reference = parity.measure_reference(task, encoder, progress=progress)
-    trim, trimmed = None, None
-    if trim_vocab is not None:
-        texts = read_corpus(trim_vocab, encoder, trained, **loading)
-        trim = vocabulary.plan_trim(encoder, texts, anyway=trim_anyway)
+    if trim is not None:
         trimmed = _describe_trim(trim, vocabulary.trim_encoder(encoder, trim, texts), trim_vocab)
     encoder = layout.shape_output(encoder, dims)
     limits = replace(
@@ -253,4 +257,6 @@ def _write_card(folder: Path, trained: Sequence[runs.Run], record: dict[str, Any
     rows = "".join(f"| {name} | {before} | {after} |\n" for name, before, after in parity.summarize(found))
     verdict = "passed" if found.passed else f"FAILED: {found.failures}"
     text = f"## Export: {record['kind']}\n\n| | original | this export |\n|---|---|---|\n{rows}\nParity {verdict}.\n"
+    if found.strength:
+        text += "".join(f"\n- {line}" for line in parity.describe_strength(found.strength)) + "\n"
     (folder / "README.md").write_text(card + text, encoding="utf-8")

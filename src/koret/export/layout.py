@@ -15,6 +15,7 @@ from torch import nn
 
 from koret import files
 from koret.retrieval.encoder import TextEncoder
+from koret.retrieval.packed import FAMILIES
 
 POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
@@ -78,7 +79,11 @@ def save_classic(encoder: TextEncoder, folder: Path, *, weights: bool = True) ->
         }  # fmt: skip
         files.write_json(folder / "2_Dense" / "config.json", dense)
     config = _read(folder / "config.json")
-    files.write_json(folder / "config.json", {**config, "torch_dtype": config.get("dtype", "float32")})
+    # what transformers 5 leaves out of some families' configurations, and vLLM and older releases ask for
+    older = {"torch_dtype": config.get("dtype", "float32")}
+    if config["model_type"] in FAMILIES:
+        older["position_embedding_type"] = "absolute"
+    files.write_json(folder / "config.json", {**older, **config})
     _write_tokenizer_config(encoder, folder)
     if not weights:
         (folder / "model.safetensors").unlink()

@@ -256,6 +256,23 @@ def summarize(parity: Parity) -> list[tuple[str, str, str]]:
     return rows
 
 
+def describe_strength(strength: dict[str, Any]) -> list[str]:
+    """What a share of the tuning does on every task, in sentences: the forgetting report of ``koret sweep``."""
+    base, whole = strength["points"][0], strength["points"][-1]
+    kept = next(point for point in strength["points"] if point["weight"] == strength["weight"])
+    said = []
+    for task in strength["tasks"]:
+        scores = [point["scores"][task]["mean"] for point in (base, kept, whole)]
+        line = f"{kept['weight']:.0%} of the tuning on {task}: nDCG@10 {scores[0]:.3f} -> {scores[1]:.3f}"
+        line += f", {kept['verdicts'][task]['verdict']}" if task in kept["verdicts"] else ", the base itself"
+        if kept is not whole:
+            line += f" (all of it: {scores[2]:.3f}, {whole['verdicts'][task]['verdict']})"
+        said.append(line)
+    if len(strength["tasks"]) == 1:
+        said.append("what was forgotten elsewhere was not asked: --extra BEIR_FOLDER")
+    return said
+
+
 def _score(task: RetrievalTask, vectors: dict[Kind, np.ndarray]) -> Scores:
     return Evaluator(task).score(_Known(vectors))
 

@@ -1,4 +1,8 @@
-"""Many callers, one encoder: texts that wait together are encoded together, and everybody gets their own rows."""
+"""Many callers, one encoder: texts that wait together are encoded together, and everybody gets their own rows.
+
+The web page has a queue of its own (``web.batching``): it answers single questions by any function, BM25 among them.
+Here callers bring lists, which are cut into turns, counted in texts and tokens, and put together again row by row.
+"""
 
 from __future__ import annotations
 

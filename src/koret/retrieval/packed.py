@@ -131,7 +131,8 @@ def cut_slices(groups: list, most: int) -> list[tuple[int, list]]:
 class PackedEncoder:
     """Computes pooled text vectors with the weights of a Hugging Face module, in ``dtype``.
 
-    Frozen weights are kept a second time in ``dtype`` (they are small: everything but the embedding table);
+    Frozen weights are kept a second time in ``dtype`` (they are small: everything but the embedding table), for
+    inference on CPU in the order oneDNN multiplies them in;
     trainable ones are read from the module at every call, so gradients reach them. The base's own dropout is off;
     adapters keep theirs in training mode.
     """
@@ -235,8 +236,10 @@ class PackedEncoder:
             ones = [like.new_ones(b.out_features) for b in bases]
             factors = torch.cat([one if f is None else f for f, one in zip(found, ones, strict=True)]).to(self.dtype)
         four_bit = any(map(is_four_bit, weights))
+        ordered = not four_bit and not torch.is_grad_enabled() and can_reorder(self.dtype, weights)
         return _Linear(
-            weight=None if four_bit else self._read(weights),
+            weight=None if four_bit else self._read(weights, reorder=ordered),
+            ordered=ordered,
             four_bit=weights if four_bit else [],
             bias=None if biases[0] is None else self._read(biases),
             down=torch.cat([a.down for a in active]) if active else None,
@@ -246,14 +249,19 @@ class PackedEncoder:
             trains=any(p.requires_grad for p in (*weights, *biases) if p is not None),
         )
 
-    def _read(self, parameters: list[Tensor]) -> Tensor:
-        """The parameters stacked in the compute type: cached while frozen, live while trained."""
+    def _read(self, parameters: list[Tensor], *, reorder: bool = False) -> Tensor:
+        """The parameters stacked in the compute type: cached while frozen, live while trained.
+
+        ``reorder``: frozen weights, in the order oneDNN multiplies them in.
+        """
         if any(p.requires_grad for p in parameters):
             return torch.cat([p.to(self.dtype) for p in parameters])
-        key, version = tuple(map(id, parameters)), tuple(p._version for p in parameters)
+        key, version = (reorder, *map(id, parameters)), tuple(p._version for p in parameters)
         if self._frozen.get(key, (None,))[0] != version:
             copies = [p.detach().to(self.dtype) for p in parameters]
             stacked = copies[0] if len(copies) == 1 else torch.cat(copies)
+            if reorder:
+                stacked = torch.ops.mkldnn._reorder_linear_weight(stacked.contiguous())
             self._frozen[key] = version, stacked, parameters  # kept alive, so that no other takes their ids
         return self._frozen[key][1]
 
@@ -276,6 +284,7 @@ class _Linear:
     """
 
     weight: Tensor | None  # (sum of widths, C), compute type; None where ``four_bit`` has the layers' weights
+    ordered: bool  # whether ``weight`` is in the order oneDNN multiplies it in
     four_bit: list[Tensor]
     bias: Tensor | None  # (sum of widths,)
     down: Tensor | None  # (sum of ranks, C), as trained: cast at every use, so that slices' gradients add up in it
@@ -287,7 +296,9 @@ class _Linear:
     def apply(self, x: Tensor) -> Tensor:
         """x (T, C) -> (T, sum of widths)."""
         early = self.bias if self.factors is None else None
-        if self.weight is not None:
+        if self.ordered:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, early, "none", [], "")
+        elif self.weight is not None:
             y = F.linear(x, self.weight, early)
         else:
             y = torch.cat([FourBitLinear.apply(x, weight) for weight in self.four_bit], dim=1)
@@ -312,6 +323,20 @@ class _Layer:
     def trains(self) -> bool:
         """Whether anything but adapters is trained."""
         return any(linear.trains for linear in self.linears) or any(w.requires_grad for w, _ in self.norms)
+
+
+def can_reorder(dtype: torch.dtype, weights: list[Tensor]) -> bool:
+    """Whether oneDNN can multiply numbers of ``dtype`` with these frozen weights, kept in an order of its own.
+
+    Nothing is reordered at every product then: a few tokens gain most, long batches least.
+    """
+    return (
+        weights[0].device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and not any(weight.requires_grad for weight in weights)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 def is_four_bit(weight: Tensor) -> bool:
