@@ -81,6 +81,18 @@ class TestShapes:
         ]  # fmt: skip
         assert [(r.is_article, r.position, r.questions) for r in rejects] == [(True, 3, 1)]
 
+    def test_an_article_written_another_way_between_two_alike_is_not_jumped_over(self, tmp_path):
+        texts = [json.dumps(make_page(number), ensure_ascii=False) for number in range(7)]
+        texts[2] = json.dumps(make_page(2), indent=1)
+        texts[4] = texts[4].replace('"context": ', '"context":  ')
+        path = tmp_path / "a.json"
+        for gap in (", ", ",\n"):  # the gap before the odd one looks like the others, or does not
+            path.write_text(f'{{"data": [{", ".join(texts[:2])}{gap}{", ".join(texts[2:])}]}}', encoding="utf-8")
+            for contexts in (True, False):
+                articles, rejects = split(read_articles(path, contexts=contexts))
+                assert not rejects
+                assert [q.id for a in articles for q in a.questions] == [str(n) for n in range(7)]
+
     def test_squad_and_a_bare_list(self, tmp_path):
         answers = [{"text": "나", "answer_start": 3}, {"text": "나다", "answer_start": 3}]
         qas = [

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from koret.data.sources import DataError
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 _LONGEST_VALUE = 512 << 20
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SCALAR_END = re.compile(rb"[\s,}\]]")
