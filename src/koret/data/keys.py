@@ -35,7 +35,7 @@ def fold_text(text: str) -> str:
 
 def text_key(text: str) -> int:
     """A signed 64-bit BLAKE2b hash of the text, NFC and with runs of white space as one space."""
-    normal = text.replace("\n", " ")
+    normal = text.replace("\n\n", " ").replace("\n", " ")
     if not (
         normal.isprintable() and "  " not in normal and normal.strip(" ") == normal and is_normalized("NFC", normal)
     ):
