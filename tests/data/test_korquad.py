@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import time
 import zipfile
 
 import pytest
@@ -80,6 +81,35 @@ class TestShapes:
             ("글 0", 1), ("글 1", 1), ("글 2", 0), ("글 4", 1), ("글 5", 1),
         ]  # fmt: skip
         assert [(r.is_article, r.position, r.questions) for r in rejects] == [(True, 3, 1)]
+
+    def test_an_article_written_another_way_between_two_alike_is_not_jumped_over(self, tmp_path):
+        texts = [json.dumps(make_page(number), ensure_ascii=False) for number in range(7)]
+        texts[2] = json.dumps(make_page(2), indent=1)
+        texts[4] = texts[4].replace('"context": ', '"context":  ')
+        path = tmp_path / "a.json"
+        for gap in (", ", ",\n"):  # the gap before the odd one looks like the others, or does not
+            path.write_text(f'{{"data": [{", ".join(texts[:2])}{gap}{", ".join(texts[2:])}]}}', encoding="utf-8")
+            for contexts in (True, False):
+                articles, rejects = split(read_articles(path, contexts=contexts))
+                assert not rejects
+                assert [q.id for a in articles for q in a.questions] == [str(n) for n in range(7)]
+
+    def test_time_is_linear_where_one_look_alike_stands_far_behind_many_others(self, tmp_path):
+        def measure(count):
+            alike, odd = {}, {"separators": (", ", ":")}
+            texts = [
+                json.dumps(make_page(n, raw_html=""), **(alike if n in (0, 1, count - 1) else odd))
+                for n in range(count)
+            ]
+            path = tmp_path / f"{count}.json"
+            path.write_text(f'{{"data": [{", ".join(texts)}]}}', encoding="utf-8")
+            started = time.process_time()
+            articles, _ = split(read_articles(path, contexts=False))
+            assert len(articles) == count
+            return time.process_time() - started
+
+        few, many = min(measure(1_500) for _ in range(3)), min(measure(12_000) for _ in range(2))
+        assert many < 24 * few  # 8 times the articles: 8 when linear, 64 when quadratic
 
     def test_squad_and_a_bare_list(self, tmp_path):
         answers = [{"text": "나", "answer_start": 3}, {"text": "나다", "answer_start": 3}]

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from koret.data.sources import DataError
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 _LONGEST_VALUE = 512 << 20
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SCALAR_END = re.compile(rb"[\s,}\]]")
@@ -44,11 +44,11 @@ class JsonStream:
         return 0
 
     def find(self, needle: bytes, start: int, limit: int) -> int:
-        """The next place of ``needle`` within ``limit`` bytes from ``start``, or -1."""
-        position = start
-        while (found := self.buffer.find(needle, position)) < 0:
+        """The next place of ``needle`` that is at most ``limit`` bytes after ``start``, or -1; looks no farther."""
+        position, end = start, start + limit + len(needle)
+        while (found := self.buffer.find(needle, position, end)) < 0:
             position = max(position, len(self.buffer) - len(needle) + 1)
-            if position - start > limit or not self.more():
+            if len(self.buffer) >= end or not self.more():
                 return -1
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from unicodedata import is_normalized
 
 from koret.data.markup import normalize_text
 
@@ -34,7 +35,11 @@ def fold_text(text: str) -> str:
 
 def text_key(text: str) -> int:
     """A signed 64-bit BLAKE2b hash of the text, NFC and with runs of white space as one space."""
-    normal = " ".join(normalize_text(text).split())
+    normal = text.replace("\n\n", " ").replace("\n", " ")
+    if not (
+        normal.isprintable() and "  " not in normal and normal.strip(" ") == normal and is_normalized("NFC", normal)
+    ):
+        normal = " ".join(normalize_text(text).split())
     digest = blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

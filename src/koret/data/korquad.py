@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import orjson
@@ -106,7 +107,17 @@ _decode_question = msgspec.json.Decoder(_Question, strict=False).decode
 
 UNANSWERABLE = "unanswerable"
 _MARKUP = re.compile(r"<(?:!doctype|html|body|div|p|table|tr|td|ul|ol|li|h[1-6]|a|b|span|br)\b[^<>]*>", re.I)
-_FARTHEST_ARTICLE = 64 << 20  # bytes to look ahead for the start of the next article
+_LONGEST_HEAD, _FARTHEST_ARTICLE = 1 << 16, 64 << 20  # bytes to look ahead for the context of an article, of the next
+_OBJECT = re.compile(rb'\{[ \t\r\n]*"')
+
+
+def _opens_object(buffer: bytearray, start: int, stop: int) -> bool:
+    """Whether an object with members opens in buffer[start:stop], which starts inside a string."""
+    while (start := buffer.find(b"{", start, stop)) >= 0:
+        if _OBJECT.match(buffer, start, stop):
+            return True
+        start += 1
+    return False
 
 
 def looks_like_html(text: str) -> bool:
@@ -138,6 +149,7 @@ class ArticleReader:
     def __init__(self, source: Source, contexts: bool = True, strict: bool = False, block: int = BLOCK) -> None:
         self.source, self.version, self.format = source, "", ""
         self._contexts, self._strict, self._block = contexts, strict, block
+        self._shape: Shape | Literal[False] | None = None  # None: not learnt yet; False: none to be found
         self._count = 0
 
     def __iter__(self) -> Iterator[Article | Reject]:
@@ -198,13 +210,14 @@ class ArticleReader:
 
     def _walk_articles(self, stream: JsonStream, position: int) -> Iterator[Article | Reject]:
         """The elements of the list that starts at ``position``; returns the position after it."""
-        shape, previous, gap_start = None, b"", 0
+        previous, gap_start = b"", 0
+        self._shape = None
         position = stream.skip_space(position + 1)
         while stream.peek(position) != b"]":
-            if previous and shape is None and not self._strict:
-                shape = learn_shape(previous, bytes(stream.buffer[gap_start:position])) or False
+            if previous and self._shape is None and not self._strict:
+                self._shape = learn_shape(previous, bytes(stream.buffer[gap_start:position])) or False
             previous = b""
-            hopped = self._hop(stream, position, shape) if shape else None
+            hopped = self._hop(stream, position, self._shape) if self._shape else None
             if hopped:
                 records, end = hopped
             else:
@@ -212,7 +225,7 @@ class ArticleReader:
                 raw = bytes(stream.buffer[position:end])
                 self._check_encoding(raw, stream.base + position)
                 records = self._read_whole(raw)
-                previous = raw if shape is None else b""
+                previous = raw if self._shape is None else b""
             self._count += 1
             yield from records
             gap_start = end
@@ -231,20 +244,29 @@ class ArticleReader:
         """The article at ``start`` and where it ends, or None where it does not have the learnt shape.
 
         Inside a JSON string a quote is always escaped, so the byte strings looked for can only be structure; each
-        piece between them must decode by itself.
+        piece between them must decode by itself, and no object may open in what is jumped over: no article is lost
+        between two that look alike.
         """
-        end = stream.find(shape.separator, start, _FARTHEST_ARTICLE)
-        if end < 0:
+        context = stream.find(shape.context, start, _LONGEST_HEAD)
+        if context < 0:
             return None
-        buffer = stream.buffer
-        context = buffer.find(shape.context, start, end)
-        questions = buffer.rfind(shape.questions, start, end)
-        text = buffer.find(shape.raw_html, context, questions + 1) if self._contexts else context
-        if not start < context <= text <= questions or buffer.find(shape.context, text + 1, end) >= 0:
-            return None  # another shape, or the start of the next article was not found where it is
         try:
-            head = _decode_head(bytes(buffer[start:context]).rstrip(b", \t\r\n") + b"}")
-            asked = _decode_questions(bytes(buffer[questions + len(shape.questions) - 1 : end]))
+            head = _decode_head(stream.buffer[start:context].rstrip(b", \t\r\n") + b"}")
+            following = stream.find(shape.context, context + 1, _FARTHEST_ARTICLE)
+            buffer = stream.buffer
+            if following >= 0:
+                end = buffer.rfind(shape.separator, context, following)
+                questions = buffer.rfind(shape.questions, context, end) if end >= 0 else -1
+            else:  # the last article that looks like this one
+                self._shape = False
+                questions = buffer.rfind(shape.questions, context)
+                end = stream.skip_value(questions + len(shape.questions) - 1) if questions >= 0 else -1
+                if not shape.separator.startswith(bytes(buffer[end : end + shape.closing])):
+                    return None
+            text = buffer.find(shape.raw_html, context, questions + 1) if self._contexts else context
+            if not context <= text <= questions or _opens_object(buffer, text, questions):
+                return None
+            asked = _decode_questions(buffer[questions + len(shape.questions) - 1 : end])
             page = None
             if self._contexts:
                 page = orjson.loads(memoryview(buffer)[context + len(shape.context) - 1 : text + 1])
