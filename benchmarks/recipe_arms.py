@@ -100,6 +100,7 @@ def list_arms() -> list[Arm]:
     add("lora", "rsLoRA", lora_variant="rslora")
     add("lora", "DoRA", lora_variant="dora")
     add("lora", "all-linear", lora_target_modules=["all-linear"])
+    add("lora", "QLoRA", quantize_base="nf4")
     for rate in (1e-4, 5e-4):  # full fine-tuning wants a rate of its own
         add("lora", f"full, rate {rate:g}", use_lora=False, learning_rate=rate)
         frozen = {"use_lora": False, "train_embeddings": False, "learning_rate": rate}

@@ -77,7 +77,7 @@ def format_tables(result: Mapping[str, Any]) -> str:
     tables = []
     for group in dict.fromkeys(arm["group"] for arm in arms):
         own = [arm for arm in arms if arm["group"] == group]
-        rows = [_format_row(arm) for arm in own if _is_begun(arm)]
+        rows = [_format_row(arm, result["machine"]["threads"]) for arm in own if _is_begun(arm)]
         if missing := [arm for arm in own if not _is_begun(arm)]:
             listed = "; ".join(f"{arm['name']}: {_explain_missing(arm)}" for arm in missing)
             if not rows:
@@ -89,7 +89,8 @@ def format_tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _format_row(arm: Mapping[str, Any]) -> str:
+def _format_row(arm: Mapping[str, Any], threads: int) -> str:
+    """``threads``: of the grid; an arm that ran on other ones says so, because speed and CPU seconds depend on it."""
     finished = [run for run in arm["runs"] if run["state"] == "finished"]
     gap = arm["difference"]
 
@@ -97,8 +98,9 @@ def _format_row(arm: Mapping[str, Any]) -> str:
         return fmean(run[name] for run in finished)
 
     incomplete = "" if arm["state"] == "finished" else f" ({len(finished)} of {len(arm['runs'])} seeds)"
+    own = {run.get("threads", threads) for run in finished} - {threads}
     cells = [
-        arm["name"] + incomplete,
+        arm["name"] + incomplete + "".join(f" ({number} thread{'s' * (number > 1)})" for number in sorted(own)),
         f"{fmean(run['model'][METRIC] for run in finished):.3f}",
         arm["against"] or "",
         f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], {_say(gap['outcome'])}" if gap else "",

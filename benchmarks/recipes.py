@@ -77,7 +77,7 @@ class Grid:
             write_json(folder / "failure.json", {"reason": str(error)})
             return
         run = runs.find_runs(folder)[-1]
-        cost = {**costs[-1], "trained_weights": count_checkpoint(run.path)}
+        cost = {**costs[-1], "trained_weights": count_checkpoint(run.path), "threads": self.threads}
         if len(costs) > 1:
             cost["mining_cpu_seconds"] = costs[0]["cpu_seconds"]
         # Scores stay; the weights of a whole grid would fill a disk, but the reference mines for other arms.
