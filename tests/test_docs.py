@@ -21,6 +21,23 @@ def test_generated_parts_are_up_to_date():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_captioned_tree_holds_every_module():
+    tree = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8").split("<!-- tree: generated -->")[1]
+    tree = tree.split("<!-- end -->")[0]
+    shown, folder = set(), ""
+    for name in re.findall(r"^ +(\S+)", tree, re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        else:
+            shown.add(folder + name)
+    package = ROOT / "src" / "koret"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    # a folder's __init__.py captions the folder itself
+    expected = {name for name in modules if "/" not in name or not name.endswith("/__init__.py")}
+    assert shown == expected
+    assert all(re.search(rf"^ +{re.escape(name.rpartition('/')[2])} +\S", tree, re.MULTILINE) for name in expected)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_local_links_and_pictures_exist(document):
     text = document.read_text(encoding="utf-8")
@@ -50,7 +67,39 @@ def test_the_drawing_of_search_is_what_its_script_draws(tmp_path, monkeypatch):
     ElementTree.fromstring(drawn)
 
 
+def normalise_drawing(text: str) -> str:
+    """An SVG without what differs each time: the date, and the names of its parts."""
+    text = re.sub(r"<dc:date>.*?</dc:date>", "", text)
+    for order, name in enumerate(dict.fromkeys(re.findall(r"\b[mp][0-9a-f]{10}\b", text))):
+        text = text.replace(name, f"part{order}")
+    return text
+
+
+@pytest.mark.parametrize("draw", ["draw_korquad1", "draw_recipes"])
+def test_pictures_of_results_are_what_their_script_draws_of_the_results(draw, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import figures
+
+    monkeypatch.setattr(figures, "PICTURES", tmp_path)
+    drawn = getattr(figures, draw)()
+    kept = (ROOT / "docs" / "pictures" / drawn.name).read_text(encoding="utf-8")
+    fresh = drawn.read_text(encoding="utf-8")
+    versions = [re.search(r"Matplotlib v[0-9.]+", text)[0] for text in (kept, fresh)]
+    if versions[0] != versions[1]:
+        pytest.skip(f"the picture was drawn by {versions[0]}, here is {versions[1]}")
+    same = normalise_drawing(fresh) == normalise_drawing(kept)
+    assert same, f"{drawn.name} is not what benchmarks/figures.py draws of benchmarks/results: run it"
+
+
 GUIDE = ROOT / "docs" / "ADVANCED.md"
+
+
+def test_learning_guide_quotes_only_differences_that_stand_in_the_results():
+    """Every difference with its interval comes from RESULTS.md, whose tables are checked against benchmarks/results."""
+    results = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"[+-]0\.\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", GUIDE.read_text(encoding="utf-8"))
+    assert len(quoted) >= 20
+    assert not [difference for difference in quoted if difference not in results]
 
 
 def test_learning_guide_names_only_modules_that_exist():

@@ -41,6 +41,8 @@ SHELL = ("bash", "sh", "console")
 SHOWN = ("text", "json", "yaml", "http", "html")
 # documents with blocks nothing can be said about, and how many they may have
 SKIPPED: dict[str, int] = {}
+# seconds a server has to answer for the first time: `koret web` encodes the sample twice before it listens
+ANSWER_WITHIN = 300
 BLOCK = re.compile(
     r"(?:^<!-- check: (?P<check>[^\n]*?) -->\n)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -231,7 +233,8 @@ def serve_block(block: Block, folder: Path) -> None:
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        for _ in range(120):
+        until = time.monotonic() + ANSWER_WITHIN
+        while time.monotonic() < until:
             try:
                 with urllib.request.urlopen(url.replace(port, free), timeout=5) as answer:
                     assert answer.status == 200 and answer.read()
@@ -239,7 +242,7 @@ def serve_block(block: Block, folder: Path) -> None:
             except OSError:
                 assert process.poll() is None, f"{block.place}: it stopped\n{said.read_text()[-2000:]}"
                 time.sleep(0.5)
-        pytest.fail(f"{block.place}: {url} did not answer in a minute")
+        pytest.fail(f"{block.place}: {url} did not answer in {ANSWER_WITHIN} s\n{said.read_text()[-2000:]}")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)

@@ -41,7 +41,7 @@ BOXES = {
     "vector": (590, 164, 150, "box", "one vector", ("length 1, D numbers",)),
     "cosine": (770, 102, 150, "core", "dot product", ("cosine of every pair", "highest first")),
     "bigrams": (200, 288, 360, "words", "BM25", ("bigrams or morphemes both texts share", "rare ones count more")),
-    "fusion": (590, 288, 150, "words", "fusion", ("ranks, or a weight", "learned in training")),
+    "fusion": (590, 288, 150, "words", "fusion", ("ranks, or a weight of", "held-out questions")),
     "answer": (770, 288, 150, "box", "ranked passages", ("title, section, text", "koret search")),
 }
 ARROWS = (
