@@ -81,7 +81,11 @@ def test_change_add_remove_and_delete(tmp_path, capsys):
     (docs / "001.md").unlink()
     capsys.readouterr()
     assert call("index", "offline", docs, "--out", out) == 0
-    assert "1 added, 1 changed, 8 unchanged; 2 passages" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 added, 1 changed, 8 unchanged; 2 passages" in said
+    assert (
+        "1 documents of the index are not in this corpus and stay; the same command with --prune removes them" in said
+    )
     assert "001.md#1" in read_ids(out)
     assert call("index", "offline", docs, "--out", out, "--prune", "--json") == 0
     report = json.loads(capsys.readouterr().out)

@@ -126,10 +126,10 @@ def test_only_what_changed_is_encoded_again(encoder, tmp_path):
     with build_closing(encoder, corpus, tmp_path / "i") as index:
         report = index.report
         assert (report.added, report.changed, report.unchanged, report.encoded) == (0, 1, len(TOPICS) - 2, 1)
-        assert index.count() == len(TOPICS)
+        assert index.count() == len(TOPICS) and report.gone == 1
         assert index.search_lexical(["배추"], 1)[0][0].entry.document == "김치"
     with build_closing(encoder, corpus, tmp_path / "i", prune=True) as index:
-        assert index.report.removed == 1 and index.count() == len(TOPICS) - 1
+        assert (index.report.removed, index.report.gone) == (1, 0) and index.count() == len(TOPICS) - 1
         assert "독도" not in names(index.search(["독도"], 20)[0])
 
 

@@ -161,6 +161,11 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
         f"documents: {report.added:,} added, {report.changed:,} changed, {report.unchanged:,} unchanged{removed}; "
         f"{report.encoded:,} passages encoded in {report.seconds:,.1f} s"
     )
+    if report.gone:
+        print(
+            f"{report.gone:,} documents of the index are not in this corpus and stay; "
+            "the same command with --prune removes them"
+        )
     if report.unpruned:
         print(make_printable(report.unpruned))
     if report.spared:

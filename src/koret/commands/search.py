@@ -75,7 +75,9 @@ def search(options: argparse.Namespace) -> None:
 
 
 def is_index(name: str) -> bool:
-    return name.startswith("milvus:") or Path(name, "index.json").is_file()
+    from koret.retrieval.places import is_database
+
+    return is_database(name) or Path(name, "index.json").is_file()
 
 
 def search_index(options: argparse.Namespace, query: str) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Kind = Literal["query", "passage"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+PRODUCTS_KEPT = "64"
 CHARACTERS_PER_TOKEN = 24  # no tokenizer here makes fewer tokens of more characters; longer texts are clipped first
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,9 @@ def load_encoder(
     """
     from sentence_transformers import SentenceTransformer
 
+    # oneDNN keeps a compiled product for every shape it met, a thousand by default: a training, whose batches all
+    # differ, grew by some ten MB a step.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _find_source(name)

@@ -53,6 +53,7 @@ class BuildReport(msgspec.Struct):
     removed: int = 0
     spared: int = 0  # documents met again without a usable text: what is kept of them stays
     unpruned: str = ""  # why pruning removed nothing
+    gone: int = 0  # documents of the index that are not in the corpus and stay, for pruning was not asked for
     encoded: int = 0  # passages
     cut_texts: int = 0  # texts longer than the window, cut into several passages
     rejected: int = 0
@@ -254,16 +255,19 @@ def _bring_up_to_date(
                 f"{index.location} was made with {name} {kept}, not {value}: build another index, or leave it out"
             )
     census = Census()
-    report = index.add(census.watch(documents) if prune else documents, progress)
+    report = index.add(census.watch(documents), progress)
     if not report.added + report.changed + report.unchanged:
         why = [f"; the first of {report.rejected} skipped: {r.source}: {r.reason}" for r in report.rejects[:1]]
         raise DataError(f"{corpus} holds no document to index{''.join(why)}")
-    if prune:
-        _remove_gone(index, census)
+    _remove_gone(index, census, prune)
 
 
-def _remove_gone(index: Index, census: Census) -> None:
+def _remove_gone(index: Index, census: Census, prune: bool) -> None:
+    """Remove what left the corpus, or count it where removing was not asked for."""
     gone, unread = census.find_gone(index.store)
+    if not prune:
+        index.report.gone = 0 if census.nameless else len(gone)
+        return
     index.report.spared += unread
     if gone and census.nameless:
         lost = census.nameless

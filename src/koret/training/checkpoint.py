@@ -91,17 +91,17 @@ class CheckpointFolder:
         self._publish(
             f"step-{step:08d}",
             {
-                "weights.safetensors": dump_tensors(snapshot.weights),
-                "optimizer.safetensors": dump_tensors(snapshot.optimizer),
-                "random.safetensors": dump_tensors(snapshot.random),
-                "progress.json": json.dumps(snapshot.progress, ensure_ascii=False, allow_nan=False).encode(),
+                "weights.safetensors": lambda: dump_tensors(snapshot.weights),
+                "optimizer.safetensors": lambda: dump_tensors(snapshot.optimizer),
+                "random.safetensors": lambda: dump_tensors(snapshot.random),
+                "progress.json": lambda: json.dumps(snapshot.progress, ensure_ascii=False, allow_nan=False).encode(),
             },
         )
         self._prune()
 
     def save_best(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Keep ``weights`` as the best so far; the next checkpoint names ``step`` as its best. Raises DiskFull."""
-        self._publish(f"best-{step:08d}", {"weights.safetensors": dump_tensors(dict(weights))})
+        self._publish(f"best-{step:08d}", {"weights.safetensors": lambda: dump_tensors(dict(weights))})
 
     def load_newest(self) -> Snapshot | None:
         """The newest checkpoint that is what was written, or None where there is none.
@@ -137,12 +137,16 @@ class CheckpointFolder:
         """The weights kept as best at ``step``. Raises DamagedCheckpoint."""
         return load_tensors(_read_folder(self.path / f"best-{step:08d}")["weights.safetensors"])
 
-    def _publish(self, name: str, files: Mapping[str, bytes]) -> None:
-        sizes = {file: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()}
+    def _publish(self, name: str, files: Mapping[str, Callable[[], bytes]]) -> None:
+        """``files`` make their bytes when their turn comes: one file's at a time are held."""
+        sizes = {}
         self.path.mkdir(exist_ok=True)
         with stage_folder(self.path / name) as staging:
-            for file, data in files.items():
+            for file, make in files.items():
+                data = make()
+                sizes[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                 (staging / file).write_bytes(data)
+                del data
             (staging / "manifest.json").write_text(json.dumps({"name": name, "files": sizes}, indent=2) + "\n")
 
     def _prune(self) -> None:

@@ -22,6 +22,7 @@ from koret.training.trained import count_trained, count_weights
 
 WARM, LAST = 2, 5  # steps: the first ones are slow, the next ones are timed
 WORTH = 20  # steps of the shortest run that is forecast
+CHECKPOINT_BYTES = 4 * (3 + 2)  # per trained weight: copies of it and its two moments, and the larger file's bytes
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -55,10 +56,11 @@ class PeakForecast:
     pieces: int  # of the heaviest batch
     state: int  # gradients and moments of AdamW
     scoring: int  # encoding without gradients, and the merged copy that is scored at the end
+    saving: int  # copies of weights and moments while a checkpoint is written
 
     @property
     def peak(self) -> int:
-        return self.held + self.state + max(self.per_token * self.tokens, self.scoring)
+        return self.held + self.state + max(self.per_token * self.tokens, self.scoring, self.saving)
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
@@ -66,7 +68,7 @@ class PeakForecast:
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
             f"{self.per_token * self.tokens / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
             f"{self.tokens:,} tokens at a time at most{pieces}), {self.state / 2**30:.2f} for gradients and AdamW, "
-            f"{self.scoring / 2**30:.2f} for scoring when nothing trains"
+            f"when nothing trains {self.scoring / 2**30:.2f} for scoring, {self.saving / 2**30:.2f} for a checkpoint"
         )
 
 
@@ -79,14 +81,16 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     size = torch.finfo(DTYPES[encoder.precision]).bits // 8
     scoring = BATCH_TOKENS.get(encoder.device.type, 8192) * (inner + 6 * config.hidden_size) * size
+    trained = count_trained(encoder)
     copy = 4 * count_weights(encoder.backbone.parameters()) if merges else 0
     return PeakForecast(
         held=read_held(encoder.device),
         per_token=per_token,
         tokens=min(budget, heaviest),
         pieces=-(-heaviest // budget),
-        state=count_trained(encoder).state_bytes,
+        state=trained.state_bytes,
         scoring=scoring + copy,
+        saving=trained.trained * CHECKPOINT_BYTES,
     )
 
 

@@ -29,7 +29,7 @@ from koret.training.gradients import collect_values, group_by_module, measure_no
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.measurements import Measurements, NumericFault
-from koret.training.memory import choose_micro_batch_tokens, measure_bytes_per_token
+from koret.training.memory import choose_micro_batch_tokens, measure_bytes_per_token, return_freed
 from koret.training.objectives import Objective
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
 from koret.training.plan import describe_plan
@@ -361,6 +361,7 @@ class EmbeddingTrainer:
     def _report(self, step: Step, due: bool, norms: np.ndarray, histograms: dict[str, np.ndarray]) -> None:
         """Record the numbers of the steps since the last record, and of the epoch when it ends."""
         values = self.measurements.summarize() if due else {}
+        return_freed()
         if values:
             done = self.job.schedule.epochs_done(step.number)
             rate = find_learning_rate(step.number, self.job.schedule.total, self.warmup, self.config.learning_rate)
@@ -422,6 +423,7 @@ class EmbeddingTrainer:
 
     def _save_checkpoint(self) -> None:
         self.measurements.collect()
+        return_freed()
         self.at.budget = self.gradients.budget if self.gradients.was_halved else None
         state = {"measurements": self.measurements.state(), "scaler": self.optimizer.scaler_state()}
         if not self.group.alone:
