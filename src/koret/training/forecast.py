@@ -22,7 +22,7 @@ from koret.training.trained import count_trained, count_weights
 
 WARM, LAST = 2, 5  # steps: the first ones are slow, the next ones are timed
 WORTH = 20  # steps of the shortest run that is forecast
-CHECKPOINT_BYTES = 4 * (3 + 2)  # per trained weight: copies of it and its two moments, and the larger file's bytes
+CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two moments, and those moments' file twice
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -59,14 +59,22 @@ class PeakForecast:
     saving: int  # copies of weights and moments while a checkpoint is written
 
     @property
+    def activations(self) -> int:
+        return self.per_token * self.tokens
+
+    @property
     def peak(self) -> int:
-        return self.held + self.state + max(self.per_token * self.tokens, self.scoring, self.saving)
+        return self.held + self.state + max(self.activations, self.scoring, self.saving)
+
+    def correct(self, most: int) -> int:
+        """The peak to expect once steps have held ``most`` bytes, libraries and holes between tensors included."""
+        return most + max(0, max(self.scoring, self.saving) - self.activations)
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
         return (
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
-            f"{self.per_token * self.tokens / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
+            f"{self.activations / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
             f"{self.tokens:,} tokens at a time at most{pieces}), {self.state / 2**30:.2f} for gradients and AdamW, "
             f"when nothing trains {self.scoring / 2**30:.2f} for scoring, {self.saving / 2**30:.2f} for a checkpoint"
         )
@@ -138,9 +146,10 @@ class Pace:
         self._time_scorings = time_scorings
         self._tokens, self._began = 0, 0.0
         self.forecast: Forecast | None = None
+        self.expected = peak.peak
 
-    def watch(self, step: int, batches: list[Batch], wait: Callable[[], object]) -> Forecast | None:
-        """After step ``step``; the forecast when there is one now. ``wait`` returns when the device is done."""
+    def watch(self, step: int, batches: list[Batch], device: torch.device, wait: Callable[[], object]) -> str | None:
+        """After step ``step``; the forecast in words when there is one now. ``wait`` waits for the device."""
         if self.total < WORTH or step < WARM or step > LAST:
             return None
         if step > WARM:
@@ -155,15 +164,16 @@ class Pace:
         seconds = (now - self._began) / self._tokens * self.step_tokens
         scorings = count_scorings(step, self.total, self.every)
         self.forecast = Forecast(self.total - step, seconds, scorings, self._time_scorings())
+        self.expected = self.peak.correct(read_peak(device))
         self._began = time.perf_counter()
-        return self.forecast
+        return f"forecast: {self.forecast}, {self.expected / 2**30:.2f} GB at the peak"
 
     def compare(self, device: torch.device) -> str | None:
         """How long it took since the forecast and what was held at most, beside what was said; None without one."""
         if self.forecast is None:
             return None
         took, said = time.perf_counter() - self._began, self.forecast.seconds
-        most, expected = read_peak(device), self.peak.peak
+        most, expected = read_peak(device), self.expected
         return (
             f"forecast {format_time(said)}, took {format_time(took)} ({took / said - 1:+.0%}); memory forecast "
             f"{expected / 2**30:.2f} GB at the peak, was {most / 2**30:.2f} GB ({most / expected - 1:+.0%})"

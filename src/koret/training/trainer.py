@@ -208,8 +208,10 @@ class EmbeddingTrainer:
         else:
             self.measurements.add_seconds(time.perf_counter() - began)
         self.terminal.advance(step.number)
-        if self._resumed is None and (forecast := self.pace.watch(step.number, batches, self._wait)):
-            self.terminal.say(f"forecast: {forecast}")
+        if self._resumed is None and (
+            forecast := self.pace.watch(step.number, batches, self.encoder.device, self._wait)
+        ):
+            self.terminal.say(forecast)
 
     # ------------------------------------------------------------ before the first step
 

@@ -1,0 +1,55 @@
+"""What a training says beforehand: counted scorings, seconds in proportion to tokens, and the words at the end."""
+
+import re
+
+import pytest
+import torch
+
+from koret.training import forecast
+from koret.training.forecast import Pace, PeakForecast, count_scorings
+from koret.training.trainer import EmbeddingTrainer
+
+PEAK = PeakForecast(held=1000, per_token=10, tokens=20, pieces=3, state=30, scoring=50, saving=400)
+
+
+@pytest.mark.parametrize(("step", "total", "every"), [(0, 66, 1000), (5, 66, 20), (20, 60, 20), (0, 5, 2), (59, 60, 7)])
+def test_scorings_are_counted_as_the_loop_makes_them(step, total, every):
+    due = [s for s in range(step + 1, total + 1) if s % every == 0 or s == total]
+    assert count_scorings(step, total, every) == len(due) + 1  # and the saved model
+
+
+def test_the_peak_is_what_is_held_and_the_largest_of_what_comes_and_goes():
+    assert PEAK.peak == 1000 + 30 + 400
+    assert PEAK.correct(1500) == 1500 + 400 - 200
+    assert "in up to 3 pieces by GradCache" in str(PEAK)
+
+
+def test_seconds_follow_the_tokens_of_the_timed_steps(monkeypatch):
+    class Batch:
+        def __init__(self, tokens):
+            self.texts = [[0] * tokens]
+
+    clock = [100.0]
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: clock[0])
+    pace = Pace(total=30, every=10, step_tokens=50, peak=PEAK, time_scorings=lambda: 2.0)
+    said = None
+    for step in range(1, 7):
+        clock[0] += 10.0 if step <= 2 else 3.0  # the first two are slow, and no part of it
+        said = pace.watch(step, [Batch(30 * step)], torch.device("cpu"), lambda: None) or said
+    made = pace.forecast
+    assert made.steps == 25 and made.scorings == 4
+    assert made.step_seconds == pytest.approx(9.0 / (90 + 120 + 150) * 50)
+    assert made.seconds == pytest.approx(25 * made.step_seconds + 4 * 2.0)
+    assert said.startswith("forecast: 1.25 s a step, 25 steps to go")
+    clock[0] += 2 * made.seconds - 3.0  # one step has passed already
+    assert "took 1:18 (+100%)" in pace.compare(torch.device("cpu"))
+
+
+def test_a_short_run_is_not_forecast_and_a_longer_one_says_how_true_it_was(make_config, toy_data, silent):
+    EmbeddingTrainer(make_config(), dataset=toy_data, console=silent).train()
+    assert "forecast" not in silent.file.getvalue()
+    config = make_config(num_epochs=4, max_steps=22, save_steps=100)
+    EmbeddingTrainer(config, dataset=toy_data, console=silent).train()
+    said = silent.file.getvalue()
+    assert re.search(r"forecast: \d+\.\d\d s a step, 17 steps to go; .* to the end, \d+\.\d\d GB at the peak", said)
+    assert re.search(r"forecast \d+:\d\d, took \d+:\d\d \([+-]\d+%\); memory forecast .* was \d+\.\d\d GB", said)
