@@ -42,7 +42,7 @@ from koret.training.preparation import (
     require_source,
 )
 from koret.training.record import Progress, RunRecord
-from koret.training.resume import read_resumed_config
+from koret.training.resume import PATHS, read_resumed_config
 from koret.training.schedule import Step
 from koret.training.scorebook import conclude, find_base_scores, keep_base_scores
 from koret.training.signals import Interrupted, StopSignals
@@ -261,7 +261,7 @@ class EmbeddingTrainer:
             log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale), device=self.encoder.device))
             self.parameters["log_scale"] = log_scale
         self.group.require_same(
-            settings=config.to_dict(),
+            settings={name: value for name, value in config.to_dict().items() if name not in PATHS},
             data=self.job.dataset.fingerprint,
             model=self.model_fingerprint,
             adapters=hash_weights(copy_to_cpu(self.parameters)),
