@@ -137,8 +137,10 @@ class Group:
 
         Raises what it raises, or PeerFailed where it failed elsewhere.
         """
+        if self.alone:
+            return function()
         result = None
-        for first in (True, False) if not self.alone else (True,):
+        for first in (True, False):
             error = None
             if (self.process.local == 0) is first:
                 result, error = _try(function)

@@ -58,7 +58,7 @@ def _count_kept(encoder: TextEncoder, texts: int, length: int) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = np.arange(length, dtype=np.int32) % encoder.backbone.config.vocab_size
+    ids = np.arange(length, dtype=np.int32) % len(encoder.tokenizer)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         vectors = encoder.embed([ids] * texts)
     del vectors
