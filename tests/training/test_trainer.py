@@ -145,12 +145,15 @@ def test_other_positives_train_and_are_scored_on_both_tasks(make_config, toy_dat
 
 
 def test_the_best_model_is_kept_not_the_last(make_config, toy_data):
-    """A rate that ruins the model after the first evaluations: the saved one is the best of those scored."""
-    _, run = train(make_config(num_epochs=4, max_steps=None, learning_rate=0.5, save_steps=4), toy_data)
+    """A rate that spoils the model after the first evaluation: the saved one is the best of those scored.
+
+    Not one that ruins it: where all vectors are nearly one, the last bits of a merged weight change the ranking.
+    """
+    _, run = train(make_config(num_epochs=4, max_steps=None, learning_rate=0.02, save_steps=4), toy_data)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["eval/score"] for line in lines if "eval/score" in line}
     best = run.status["best"]["step"]
-    assert scores[best] == max(score for step, score in scores.items() if step > 0)
+    assert scores[best] == max(score for step, score in scores.items() if step > 0) > list(scores.values())[-1]
     assert run.final["ndcg@10"] == pytest.approx(scores[best], abs=1e-6)
 
 
