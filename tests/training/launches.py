@@ -54,7 +54,8 @@ def run(job: dict) -> dict:
     if job.get("resume"):
         trainer = EmbeddingTrainer.resume(job["resume"], dataset=data, console=console)
     else:
-        trainer = EmbeddingTrainer(TrainingConfig(**job["config"]), dataset=data, console=console)
+        own = job.get("config_of", {}).get(rank, {})
+        trainer = EmbeddingTrainer(TrainingConfig(**{**job["config"], **own}), dataset=data, console=console)
     accident = job.get("accident", {}).get(rank)
     if accident == "out of memory":
         _run_out_of_memory_once(trainer)

@@ -234,7 +234,7 @@ def load_encoder(
     from sentence_transformers import SentenceTransformer
 
     # oneDNN keeps a compiled product for every shape it met, a thousand by default: a training, whose batches all
-    # differ, grew by some ten MB a step.
+    # differ, would hold more from step to step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

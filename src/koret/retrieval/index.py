@@ -259,10 +259,10 @@ def _bring_up_to_date(
     if not report.added + report.changed + report.unchanged:
         why = [f"; the first of {report.rejected} skipped: {r.source}: {r.reason}" for r in report.rejects[:1]]
         raise DataError(f"{corpus} holds no document to index{''.join(why)}")
-    _remove_gone(index, census, prune)
+    _settle_gone(index, census, prune)
 
 
-def _remove_gone(index: Index, census: Census, prune: bool) -> None:
+def _settle_gone(index: Index, census: Census, prune: bool) -> None:
     """Remove what left the corpus, or count it where removing was not asked for."""
     gone, unread = census.find_gone(index.store)
     if not prune:

@@ -102,7 +102,7 @@ def read_peak(device: torch.device) -> int:
 def return_freed() -> None:
     """Give pages that were freed back to the system, where the C library can.
 
-    Batches of many sizes leave holes that nothing fits into: without this, the sample's training held a third more.
+    Batches of many sizes leave holes that nothing fits into, and a training would hold more from step to step.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
