@@ -261,6 +261,67 @@ def train_speed() -> str:
     )
 
 
+def lexical() -> str:
+    rows = {(row["tokenizer"], row["k1"], row["b"]): row for row in read("lexical")["rows"]}
+    names = {"bigram": "character bigrams", "kiwi": "morphemes (Kiwi)", "whitespace": "white space"}
+    found = read("lexical")["tasks"]
+    head = ["tokens", *(f"{own['queries']:,} questions of {own['groups']} articles" for own in found.values())]
+    cells = [[names[name], *(f"{rows[name, 1.2, 0.75][task]['ndcg@10']:.3f}" for task in found)] for name in names]
+    return format_rows(head, cells)
+
+
+def data_speed() -> str:
+    """What every task costs an article, and the goals with what was reached."""
+    found = read("data_speed")
+    cpu, times = found["cpu_ms_per_article"], found["times_less_cpu"]
+    peak, workers = found["peak_mb"], found["worker_peak_mb"]
+    names = {
+        "naive pool": "naive pool (json.load of everything, regex chain on answers)",
+        "soup": "BeautifulSoup over every page, on top of that",
+        "pairs, JSON": "koret, question/answer pairs from JSON",
+        "pairs, zip": "koret, pairs from the zip",
+        "full, one process": "koret, every page cleaned, exact spans, passages, written",
+        "floor": "reading the bytes and searching them once",
+    }
+    tasks = [
+        [text, f"{cpu[n]:.2f}", f"{peak[n]:.0f}" + (f", workers {workers[n]:.0f}" if workers[n] else "")]
+        for n, text in names.items()
+    ]
+    speed = found["gigabytes_per_cpu_second"]
+    growth = max(value for own in found["growth_mb_when_doubled"].values() for value in own.values())
+    most = max(value for part in (peak, workers) for n, value in part.items() if n.startswith(("pairs", "full")))
+    pairs, zipped, full = (
+        next(value for name, value in times.items() if name.startswith(start))
+        for start in ("pairs from JSON", "pairs from zip", "full")
+    )
+    articles, start = found["full_articles_per_cpu_second"], found["second_start_seconds"]
+    goals = [
+        ("pairs from JSON, less CPU than the naive pool", "10x", f"{pairs:.1f}x", pairs >= 10),
+        ("pairs from JSON, GB a CPU second", "1", f"{speed['pairs, JSON']:.2f}", speed["pairs, JSON"] >= 1),
+        ("pairs from the zip, less CPU than the naive pool on unpacked files", "5x", f"{zipped:.1f}x", zipped >= 5),
+        ("full pages, less CPU than naive + BeautifulSoup", "12x", f"{full:.1f}x", full >= 12),
+        ("full pages, articles a second and core", "700", f"{articles}", articles >= 700),
+        ("peak memory of a process", "150 MB", f"{most:.0f} MB", most <= 150),
+        ("growth when the files double", "5 MB", f"{growth:.1f} MB at most", growth < 5),
+        ("second start, to the first pair", "0.1 s", f"{start:.4f} s", start < 0.1),
+    ]
+    reached = [[name, goal, value if met else f"**{value}, missed**"] for name, goal, value, met in goals]
+    size = f"{found['bytes'] / 1e6:.0f} MB of JSON, {found['articles']:,} articles, {found['questions']:,} questions"
+    parts = [
+        f"{size}; {found['rounds']} rounds.\n",
+        format_rows(["", "CPU ms an article", "peak MB"], tasks),
+        format_rows(["", "goal", "measured"], reached),
+        f"The floor itself reads {speed['floor']:.2f} GB a CPU second.\n",
+    ]
+    return "\n".join(parts)
+
+
+def data_stages() -> str:
+    found = read("data_stages")
+    rows = [[name, f"{spent:,.0f}"] for name, spent in found["cpu_us_per_article"].items()]
+    return format_rows([f"{found['articles']} pages, least of {found['rounds']} rounds", "CPU µs a page"], rows)
+
+
 def recipes() -> str:
     """The whole section, which benchmarks/recipes.py --report put there first."""
     import recipe_report
@@ -284,6 +345,9 @@ TABLES: dict[str, Callable[[], str]] = {
         korquad1_means_ko,
         hybrid,
         train_speed,
+        lexical,
+        data_speed,
+        data_stages,
     )  # fmt: skip
 }
 
