@@ -57,6 +57,31 @@ class Koret:
         return search_store(store), count * DIMENSIONS * width
 
 
+def draw_queries(data: Path, count: int) -> np.ndarray:
+    """Sample queries to settle a search on: stored vectors, moved a little."""
+    sample = np.random.default_rng(1).choice(count, 64, replace=False)
+    mapped = np.memmap(data / "vectors", np.float32, "r", shape=(count, DIMENSIONS))
+    noise = np.random.default_rng(2).standard_normal((64, DIMENSIONS), np.float32) * np.float32(DIMENSIONS**-0.5)
+    return make_unit(mapped[np.sort(sample)] + SPREAD * noise)
+
+
+class KoretBits(Koret):
+    def build(self, data: Path, count: int, folder: Path) -> None:
+        from koret.retrieval.folder import FolderStore
+
+        super().build(data, count, folder)
+        store = FolderStore.open(folder / "index")
+        store.tune_bits(draw_queries(data, count))
+        store.close()
+
+    def open(self, folder: Path, count: int) -> tuple[Search, int | None]:
+        from koret.retrieval.folder import FolderStore
+
+        store = FolderStore.open(folder / "index")
+        EXTRA.update({name: store.bits[name] for name in ("oversample", "recall@10")})
+        return search_store(store), count * DIMENSIONS // 8 + 10 * store.bits["oversample"] * DIMENSIONS * 2
+
+
 class KoretApproximate(Koret):
     def load(self) -> None:
         import faiss  # noqa: F401
@@ -68,10 +93,7 @@ class KoretApproximate(Koret):
 
         super().build(data, count, folder)
         store = FolderStore.open(folder / "index")
-        sample = np.random.default_rng(1).choice(count, 64, replace=False)
-        mapped = np.memmap(data / "vectors", np.float32, "r", shape=(count, DIMENSIONS))
-        noise = np.random.default_rng(2).standard_normal((64, DIMENSIONS), np.float32) * np.float32(DIMENSIONS**-0.5)
-        store.build_approximate(make_unit(mapped[np.sort(sample)] + SPREAD * noise))
+        store.build_approximate(draw_queries(data, count))
         store.close()
 
     def open(self, folder: Path, count: int) -> tuple[Search, int | None]:
@@ -319,6 +341,7 @@ ENGINES: dict[str, Any] = {
     "koret float32": Koret("float32"),
     "koret float16": Koret("float16"),
     "koret int8": Koret("int8"),
+    "koret binary": KoretBits("binary"),
     "koret float16, bigram words": Koret("float16", ("bigram",)),
     "koret approximate": KoretApproximate("float16"),
     "NumPy product": Numpy(),

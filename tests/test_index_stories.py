@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,24 @@ def test_a_damaged_index_names_the_file(tmp_path, capsys):
     assert call("search", tmp_path / "i", "서울") == 2
     said = capsys.readouterr().err
     assert "damaged" in said and "vectors.npy" in said and "build it again" in said
+
+
+def test_bits_say_their_recall_and_how_many_passages_are_scored(tmp_path, capsys):
+    docs = write_folder(tmp_path / "docs", 120)
+    assert call("index", "offline", docs, "--out", tmp_path / "i", "--dtype", "binary") == 0
+    said = capsys.readouterr().out
+    assert "binary vectors" in said and re.search(r"nearest \d+ passages for each result are scored, recall@10 ", said)
+    assert call("index", "offline", docs, "--out", tmp_path / "i", "--json") == 0
+    first = json.loads(capsys.readouterr().out)["info"]["bits"]
+    assert 0.9 <= first["recall@10"] <= 1
+    (tmp_path / "docs" / "새 문서.txt").write_text("완전히 새로운 문서이다. 한라산은 제주도에 있다.", encoding="utf-8")
+    assert call("index", "offline", docs, "--out", tmp_path / "i", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["info"]["bits"]["generation"] > first["generation"]
+    assert call("search", tmp_path / "i", "한라산은 어디에 있나?", "--json") == 0
+    assert len({hit["id"] for hit in json.loads(capsys.readouterr().out)}) == 5
+    assert call("index", "offline", docs, "--out", f"milvus:{tmp_path}/i.db", "--dtype", "binary") == 2
+    assert "leave --dtype binary out" in capsys.readouterr().err
+    assert not (tmp_path / "i.db").exists()
 
 
 def test_approximate_says_its_recall(tmp_path, capsys):

@@ -83,7 +83,9 @@ def test_the_korean_page_explains_the_same_messages_together(entries):
     korean = tool.read_page(KOREAN)
     assert [entry.messages for entry in korean] == [entry.messages for entry in entries]
     for entry in korean:
-        assert re.search("[가-힣]", entry.title) and re.search("[가-힣]", entry.text), f"'{entry.title}' is not in Korean"
+        assert re.search("[가-힣]", entry.title) and re.search("[가-힣]", entry.text), (
+            f"'{entry.title}' is not in Korean"
+        )
 
 
 @pytest.mark.parametrize("page", [PAGE, KOREAN], ids=lambda p: p.name)

@@ -40,7 +40,7 @@ def test_rescoring_orders_the_candidates_by_their_own_products():
 def test_koret_s_int8_index_finds_what_exact_search_finds():
     queries, corpus = make_vectors(4, 5), make_vectors(5, 200)
     half = corpus.astype(np.float16).astype(np.float32)
-    assert np.array_equal(binary.search_folder(queries, corpus), find_top_k(queries, half, 10)[0])
+    assert np.array_equal(binary.search_folder(queries, corpus, "int8"), find_top_k(queries, half, 10)[0])
 
 
 def test_every_way_is_measured_against_the_original_with_its_bytes():

@@ -32,7 +32,10 @@ def add_index(command: argparse.ArgumentParser) -> None:
         "by), BEIR, zip, text, Markdown or HTML, or a folder of these",
     )
     command.add_argument("--out", metavar="DIR_OR_URL", required=True, help="the index: a folder, or milvus:...")
-    command.add_argument("--dtype", choices=("float32", "float16", "int8"), help="of the vectors (default float16)")
+    command.add_argument(
+        "--dtype", choices=("float32", "float16", "int8", "binary"),
+        help="of the vectors (default float16); binary searches bits and scores the nearest, and says its recall",
+    )  # fmt: skip
     command.add_argument(
         "--lexical",
         choices=tuple(LEXICAL),
@@ -184,6 +187,11 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
         print(
             f"approximate: {approximate['nprobe']:,} of {approximate['cells']:,} cells looked at, "
             f"recall@10 {approximate['recall@10']:.3f} of exact search on {approximate['queries']:,} sample queries"
+        )
+    elif bits := getattr(index.store, "bits", None):
+        print(
+            f"bits: the nearest {bits['oversample']:,} passages for each result are scored, "
+            f"recall@10 {bits['recall@10']:.3f} of exact search on {bits['queries']:,} sample queries"
         )
     elif index.count() > LARGE:
         print(f"more than {LARGE:,} passages: --approximate makes searching faster, and says at what recall")

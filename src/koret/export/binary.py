@@ -51,7 +51,8 @@ def measure_stored(task: RetrievalTask, queries: np.ndarray, corpus: np.ndarray,
     codes = quantise(corpus)
     ways: list[tuple[str, int, int, Callable[[], np.ndarray]]] = [
         ("float32", 4 * width, 4 * width, lambda: find_top_k(queries, corpus, DEPTH)[0]),
-        ("int8 index", width + 8, 3 * width + 8, lambda: search_folder(queries, corpus)),
+        ("int8 index", width + 8, 3 * width + 8, lambda: search_folder(queries, corpus, "int8")),
+        ("binary index", bits, bits + 2 * width, lambda: search_folder(queries, corpus, "binary")),
         ("binary", bits, bits, lambda: find_top_k(sign(queries), sign(corpus), DEPTH)[0]),
         ("binary, float query", bits, bits, lambda: rescore(queries, corpus, sign(corpus))),
         (RECOMMENDED, bits, bits + width + 4, lambda: rescore(queries, corpus, codes)),
@@ -87,12 +88,14 @@ def rescore(queries: np.ndarray, corpus: np.ndarray, kept: np.ndarray) -> np.nda
     return np.take_along_axis(rows, best, axis=1)
 
 
-def search_folder(queries: np.ndarray, corpus: np.ndarray) -> np.ndarray:
-    """The best DEPTH rows by koret's own index with dtype int8: rows (Q, K)."""
+def search_folder(queries: np.ndarray, corpus: np.ndarray, dtype: str) -> np.ndarray:
+    """The best DEPTH rows by koret's own index: rows (Q, K). How many rows bits offer is settled on these queries."""
     with tempfile.TemporaryDirectory() as folder:
-        store = FolderStore.create(Path(folder) / "index", {"dtype": "int8"}, corpus.shape[1])
+        store = FolderStore.create(Path(folder) / "index", {"dtype": dtype}, corpus.shape[1])
         names = [f"{row:09d}" for row in range(len(corpus))]
         store.add([Entry(f"{name}#1", name, "", "", "") for name in names], corpus)
+        if not store.is_tuned:
+            store.tune_bits(queries)
         found = store.search(queries, DEPTH)
         store.close()
     return np.array([[int(entry.document) for entry, _ in hits] for hits in found], np.int64)

@@ -101,10 +101,10 @@ def tune(folder: Path, queries: np.ndarray, exact: Search, search: Callable[[App
     while True:
         opened._ivf.nprobe = nprobe
         found = search(opened)(queries, DEPTH)
-        if _measure(expected[first], found[first]) >= TARGET or nprobe >= opened.info["cells"]:
+        if measure_recall(expected[first], found[first]) >= TARGET or nprobe >= opened.info["cells"]:
             break
         nprobe = min(nprobe * 2, opened.info["cells"])
-    recall = _measure(expected[second], found[second])
+    recall = measure_recall(expected[second], found[second])
     opened.info |= {"nprobe": nprobe, "recall@10": round(recall, 4), "queries": len(queries)}
     files.write_json(folder / "ivf.json", opened.info)
     return opened.info
@@ -132,7 +132,7 @@ class MissingFaiss(RuntimeError):
     """The extra that approximate search needs is not installed."""
 
 
-def _measure(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
+def measure_recall(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
     """Mean share of the exact results that were found."""
     shares = [len(set(e) & set(f)) / len(e) for e, f in zip(expected, found, strict=True) if e]
     return float(np.mean(shares)) if shares else 1.0

@@ -26,7 +26,17 @@ import numpy as np
 
 from koret import files
 from koret.data.passages import join_heading
-from koret.retrieval.approximate import Approximate, MissingFaiss, Search, build_approximate, open_approximate, tune
+from koret.retrieval.approximate import (
+    DEPTH,
+    Approximate,
+    MissingFaiss,
+    Search,
+    build_approximate,
+    measure_recall,
+    open_approximate,
+    tune,
+)  # fmt: skip
+from koret.retrieval.bits import find_radius, pack_signs
 from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.manifest import Damaged, explain_damage, hash_file, read_manifest, take_lock, write_manifest
@@ -38,6 +48,8 @@ SMALL, MANY = 16384, 8  # segments of fewer passages are merged once there are m
 LARGEST_MERGE = 32768
 WIDE_BYTES = 256 << 20  # below this, float32 copies of the vectors are held in memory
 QUERIES_AT_ONCE = 64
+OVERSAMPLES = (4, 8, 16, 32, 64, 128, 256)  # times K passages near in bits that may be scored
+BITS_RECALL = 0.99  # recall@10 aimed at
 log = logging.getLogger(__name__)
 
 
@@ -97,7 +109,12 @@ class FolderStore:
         segments, approximate = self._segments, None if where else self._approximate
         found: list[Found] = []
         for i in range(0, len(vectors), QUERIES_AT_ONCE):
-            found += self._search_dense(segments, vectors[i : i + QUERIES_AT_ONCE], _check_k(k), where, approximate)
+            queries = vectors[i : i + QUERIES_AT_ONCE]
+            if self.dtype == "binary" and approximate is None:
+                wanted = max(_check_k(k), DEPTH) * self.bits.get("oversample", OVERSAMPLES[0])
+                found += [self._search_bits(segments, query, k, wanted, where) for query in queries]
+            else:
+                found += self._search_dense(segments, queries, _check_k(k), where, approximate)
         return found
 
     def search_lexical(
@@ -194,6 +211,24 @@ class FolderStore:
             return self._search_dense(segments, queries, k)  # most of what it knew is gone
         return [_rank(own, k) for own in hits]
 
+    def _search_bits(
+        self, segments: Sequence[Segment], query: np.ndarray, k: int, wanted: int, where: Sequence[Condition] = ()
+    ) -> Found:
+        """The best of the ``wanted`` passages whose bits differ least from those of the query (D,), ties included."""
+        bits = pack_signs(query[None])[:, 0]
+        distances = [segment.count_different(bits, segment.allow(where)) for segment in segments]
+        radius = find_radius(distances, wanted) if segments else 0
+        hits = []
+        for segment, own in zip(segments, distances, strict=True):
+            rows = np.flatnonzero(own <= radius)
+            if not len(rows):
+                continue
+            best = TopK(query[None], min(k, len(rows)))
+            segment.search_rows(best, rows)
+            found = zip(best.rows[0].tolist(), best.scores[0].tolist(), strict=True)
+            hits += [(score, segment.read_id(row), segment, row) for row, score in found if row >= 0]
+        return _rank(hits, k)
+
     @staticmethod
     def _find_rows(segments: Sequence[Segment], documents: Sequence[str]) -> list[tuple[Segment, dict]]:
         hashes = np.array([hash_text(name) for name in documents], np.uint64)
@@ -252,6 +287,35 @@ class FolderStore:
                 tune(folder, np.asarray(queries, np.float32), search(None), search)
                 self._approximate = open_approximate(folder)
         return self._approximate.info
+
+    def tune_bits(self, queries: np.ndarray) -> None:
+        """Settle how many passages a search of bits scores, and measure what part of the exact answer it then finds.
+
+        ``queries`` (Q, D) are sample queries: one half chooses the number (times K, doubled until BITS_RECALL of the
+        exact ten are found or it is the largest), the other gives the recall. ``bits`` keeps both.
+        """
+        segments = self._segments
+        found = self._search_dense(segments, np.asarray(queries, np.float32), DEPTH)
+        exact = [[entry.id for entry, _ in own] for own in found]
+
+        def measure(chosen: slice, times: int) -> float:
+            near = [self._search_bits(segments, query, DEPTH, DEPTH * times) for query in queries[chosen]]
+            return measure_recall(exact[chosen], [[entry.id for entry, _ in own] for own in near])
+
+        first, second = slice(0, None, 2), slice(1, None, 2) if len(queries) > 1 else slice(None)
+        times = next((own for own in OVERSAMPLES if measure(first, own) >= BITS_RECALL), OVERSAMPLES[-1])
+        measured = {"oversample": times, "recall@10": round(measure(second, times), 4), "queries": len(queries)}
+        self.update_info(bits={**measured, "generation": self._manifest["generation"]})
+
+    @property
+    def bits(self) -> dict[str, Any]:
+        """What ``tune_bits`` settled; empty where nothing was, or vectors are not kept as bits."""
+        return self.info.get("bits") or {}
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether what ``tune_bits`` measured is true of the passages as they are now."""
+        return self.dtype != "binary" or self.bits.get("generation") == self._manifest["generation"]
 
     @property
     def approximate(self) -> dict[str, Any] | None:

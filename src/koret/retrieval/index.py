@@ -213,11 +213,12 @@ def build_index(
     """Make the index ``out`` (a folder, or milvus:...) of a corpus, or bring it up to date.
 
     Documents whose content is in the index already are passed over, so the same command after a kill goes on where it
-    was. ``dtype`` (float16 unless said) and ``lexical`` (('bigram',) unless said; Kiwi's morphemes cost minutes for
-    each 100,000 passages) are fixed when the index is made, like ``passage_tokens`` (the encoder's length unless
-    said). ``prune`` removes the documents that are not in the corpus; one that is there and cannot be read stays
-    (``census``). ``progress`` is told the passages encoded so far. ``Index.report`` says what was done. Raises
-    ValueError for another model or other settings than the index was made with, and DataError for a corpus without a
+    was. ``dtype`` (float16 unless said; the recall of binary is measured at the end) and ``lexical`` (('bigram',)
+    unless said; Kiwi's morphemes cost minutes for each 100,000 passages) are fixed when the index is made, like
+    ``passage_tokens`` (the encoder's length unless said). ``prune`` removes the documents that are not in the corpus;
+    one that is there and cannot be read stays (``census``). ``progress`` is told the passages encoded so far.
+    ``Index.report`` says what was done. Raises ValueError for another model or other settings than the index was made
+    with, or a dtype that ``out`` cannot keep, and DataError for a corpus without a
     document.
     """
     encoder = model if isinstance(model, TextEncoder) else load_encoder(model, max_seq_length=max_seq_length)
@@ -234,6 +235,8 @@ def build_index(
         _bring_up_to_date(index, corpus, documents, wanted, prune, progress)
         if approximate:
             _add_approximate(index)
+        if not getattr(store, "is_tuned", True):
+            store.tune_bits(encoder.encode(sample_queries(store), "query"))
     except BaseException:
         store.close()
         raise

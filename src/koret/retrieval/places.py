@@ -60,6 +60,9 @@ def exists(location: str | Path) -> bool:
 
 
 def create_store(location: str | Path, info: IndexInfo) -> Store:
+    """An empty index. Raises ValueError where something else lies, or for a dtype it cannot keep."""
+    if info.dtype == "binary" and is_database(location):
+        raise ValueError(f"{location} keeps whole vectors: leave --dtype binary out, or build the index in a folder")
     return _store_class(location).create(str(location), msgspec.to_builtins(info), info.dimensions)
 
 

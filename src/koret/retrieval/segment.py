@@ -1,12 +1,17 @@
 """A segment of the folder index: some thousand passages in files that are written once and then only read.
 
 Files: ``passages.arrow`` (the entries, by id), ``documents.npy`` and ``document_rows.npy`` (document hash -> rows),
-``vectors.npy`` (N, D) float32 or float16, for int8 also ``codes.npy`` and ``scales.npy``, and the postings.
+``vectors.npy`` (N, D) float32 or float16, for int8 also ``codes.npy`` and ``scales.npy``, for binary ``bits.npy``, and
+the postings.
 
 int8 keeps, beside float16 vectors, codes = round(vector / scale) with a scale for each row (largest number / 127).
 A search multiplies the codes, takes every row that could still be among the best (the distance between a row and its
 codes is known when it is written, and bounds the error), and scores those rows by their float16 vectors: the result
 is exactly that of float16, in half the memory traffic.
+
+binary keeps, beside float16 vectors, a bit for every number (``bits``). A search counts different bits and scores the
+nearest rows by their float16 vectors, which alone are read from the disk: a sixteenth of the traffic, and an answer
+that may miss some of the exact one. How many rows are scored is settled by measuring (``FolderStore.tune_bits``).
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ import pyarrow as pa
 import torch
 
 from koret.data.tables import make_array
+from koret.retrieval.bits import count_different, pack_signs
 from koret.retrieval.exact import TopK, multiply
 from koret.retrieval.postings import Postings, hash_text
 from koret.retrieval.store import Condition, Entry
 
-DTYPES = ("float32", "float16", "int8")
+DTYPES = ("float32", "float16", "int8", "binary")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
 CHUNK = 16384  # rows multiplied together
 WIDENED = 4096  # rows widened and multiplied together: they stay in the cache between the two
@@ -51,6 +57,8 @@ def write_segment(
         codes, scales = _quantise(kept)
         np.save(folder / "codes.npy", codes)
         np.save(folder / "scales.npy", scales)
+    if dtype == "binary":
+        np.save(folder / "bits.npy", pack_signs(kept))
     for tokenizer, part in postings.items():
         part.save(folder, tokenizer)
 
@@ -77,6 +85,8 @@ class Segment:
         if self.codes is not None:
             self.scale, distance = np.load(folder / "scales.npy").T.copy()
             self.error = float(distance.max(initial=0.0))
+        has_bits = (folder / "bits.npy").exists()
+        self.bits = np.asarray(np.load(folder / "bits.npy", mmap_mode="r")) if has_bits else None
         self.hashes = np.load(folder / "documents.npy", mmap_mode="r")
         self.hash_rows = np.load(folder / "document_rows.npy", mmap_mode="r")
         self.postings = {name: Postings.open(folder, name) for name in tokenizers}
@@ -157,6 +167,16 @@ class Segment:
             else:
                 rough = multiply(best.queries, self.codes[chosen].astype(np.float32)) * self.scale[chosen]
                 best.add_scored(rough, rows, _LONGEST, self.error, lambda i, rows=rows: self.vectors[rows[i]])
+
+    def count_different(self, query: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+        """How far each row lies from the bits of a query (W,): ``bits.count_different``."""
+        return count_different(self.bits, query, allowed)
+
+    def search_rows(self, best: TopK, rows: np.ndarray) -> None:
+        """Add the given rows, ascending, to ``best``."""
+        for start in range(0, len(rows), WIDENED):
+            chosen = rows[start : start + WIDENED]
+            best.add(_widen(self.vectors[chosen]), chosen, _LONGEST)
 
 
 def _widen(vectors: np.ndarray, into: torch.Tensor | None = None) -> np.ndarray:
