@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from koret.retrieval.folder import FolderStore
-from koret.retrieval.milvus import MilvusStore, translate
+from koret.retrieval.milvus import MilvusStore
 from koret.retrieval.milvus_connection import Patience, parse_url
+from koret.retrieval.milvus_rows import translate
 from koret.retrieval.store import Condition, Entry
 
 pytest.importorskip("milvus_lite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 TOKEN = "KORET_MILVUS_TOKEN"
+DEEPEST = 16_384  # results of one search: the engine's limit
 INDEXES: dict[str, dict[str, Any]] = {
     "FLAT": {},
     "HNSW": {"M": 32, "efConstruction": 200},
@@ -93,6 +95,11 @@ class Connection:
     def call(self, name: str, **arguments: Any) -> Any:
         """The client's method ``name`` on the collection."""
         return self.try_again(lambda: self._call(name, **arguments))
+
+    @functools.cached_property
+    def is_lite(self) -> bool:
+        """Whether the engine is the embedded build, in a file or behind a port."""
+        return "lite" in self.try_again(lambda: self._connect().get_server_version(timeout=self.patience.call))
 
     def scan(self, condition: str, fields: Sequence[str], rows: int = 1000) -> Iterator[dict[str, Any]]:
         """Every row that meets ``condition``, a page at a time; begin again where it breaks off."""
