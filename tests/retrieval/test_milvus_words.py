@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,16 @@ def test_orders_ties_by_id_however_many(url: str) -> None:
     add([store], entries)
     (found,) = store.search_lexical(["같은"], 5)
     assert [entry.id for entry, _ in found] == sorted(entry.id for entry in entries)[:5]
+
+
+def test_many_threads_get_their_own_answers(url: str) -> None:
+    store = MilvusStore.create(url, PAIRS, SIZE)
+    add([store], make_corpus(40))
+    expected = store.search_lexical(QUERIES, 9)
+    fresh = MilvusStore.open(url)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: fresh.search_lexical(QUERIES[i % 7 :], 9), range(28)))
+    assert answers == [expected[i % 7 :] for i in range(28)]
 
 
 def test_every_store_sees_what_another_wrote(url: str, tmp_path: Path) -> None:

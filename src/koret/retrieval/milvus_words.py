@@ -135,7 +135,7 @@ class Words:
 
             return Known(stamp, reference, born, size, ask)
         pages = self._connection.try_again(
-            lambda: [np.array(row[field], np.int64) for row in self._connection.scan("", [field])]
+            lambda: [np.array(row[field], np.int64) for row in self._connection.scan("number >= 1", [field])]
         )
         terms, passages = np.unique(np.concatenate([*pages, np.zeros(0, np.int64)]), return_counts=True)
 
