@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -279,3 +280,19 @@ def test_the_index_keeps_its_weight(database: str, tmp_path: Path) -> None:
     )
     assert list(found) == list(expected) and found == pytest.approx(expected, abs=1e-6)
     assert found != pytest.approx(other, abs=1e-3)
+
+
+def test_the_page_has_its_columns_from_the_collection(database: str, tmp_path: Path) -> None:
+    pytest.importorskip("starlette")
+    from koret.web.opening import open_page
+
+    url = f"{database}?collection=page"
+    built = build_index("offline", write_corpus(tmp_path / "c.jsonl"), url)
+    expected = [hit.entry.id for hit in built.search(["한강에 세웠다"], 3, mode="lexical")[0]]
+    built.close()
+    page = open_page(indexes=[url])
+    answer = asyncio.run(page.desk.search("한강에 세웠다", ["m0", "bm25", "hybrid"], 3))
+    shown = {key: passage["id"] for key, passage in answer["passages"].items()}
+    hits = {column["id"]: [shown[hit["passage"]] for hit in column["hits"]] for column in answer["columns"]}
+    assert hits["bm25"] == expected and len(hits["m0"]) == len(hits["hybrid"]) == 3
+    page.close()

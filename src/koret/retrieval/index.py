@@ -99,7 +99,7 @@ class Index:
     @property
     def has_words(self) -> bool:
         """Whether it can be searched by words too."""
-        return bool(self.info.lexical) and hasattr(self.store, "search_lexical")
+        return bool(self.info.lexical)
 
     def search(
         self,

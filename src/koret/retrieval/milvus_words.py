@@ -124,11 +124,11 @@ class Words:
 
     def _count(self, tokenizer: str, stamp: str, reference: float) -> Known:
         field, call, born = f"{tokenizer}_terms", self._connection.call, time.monotonic()
-        small = self._connection.is_lite
-        if small:
+        lite = self._connection.is_lite
+        if lite:
             call("flush")  # it searches sealed rows by an index, and makes one for the others with every search
         size = _read_count(call("query", filter="", output_fields=["count(*)"]))
-        if not (small or size <= WHOLE):
+        if not (lite or size <= WHOLE):
 
             def ask(term: int) -> int:
                 return _read_count(call("query", filter=f"array_contains({field}, {term})", output_fields=["count(*)"]))
