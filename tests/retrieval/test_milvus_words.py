@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +153,47 @@ def test_many_threads_get_their_own_answers(url: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: fresh.search_lexical(QUERIES[i % 7 :], 9), range(28)))
     assert answers == [expected[i % 7 :] for i in range(28)]
+
+
+def test_calls_to_an_embedded_engine_take_turns(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loses sight of passages, and may lose those written, while another thread makes it seal what was written."""
+    from pymilvus import MilvusClient
+
+    store = MilvusStore.create(url, PAIRS, SIZE)
+    add([store], make_corpus(20))
+    reader = MilvusStore.open(url)
+    running: list[str] = []
+    together: set[tuple[str, ...]] = set()
+    done: set[str] = set()
+
+    def watch(name: str) -> None:
+        real = getattr(MilvusClient, name)
+
+        def watched(self: MilvusClient, *arguments: object, **options: object) -> object:
+            running.append(name)
+            together.add(tuple(running))
+            time.sleep(0.005)
+            result = real(self, *arguments, **options)
+            running.remove(name)
+            done.add(name)
+            return result
+
+        monkeypatch.setattr(MilvusClient, name, watched)
+
+    for name in ("upsert", "delete", "search", "query", "get", "flush"):
+        watch(name)
+
+    def work(i: int) -> None:
+        if i % 3:
+            reader.search_lexical(QUERIES, 9)
+            store.search(make_vectors(1), 3)
+        else:
+            add([store], make_corpus(20, seed=i, version=f"{i}"))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(12)))
+    assert done == {"upsert", "delete", "search", "query", "get", "flush"}
+    assert {len(names) for names in together} == {1}
 
 
 def test_every_store_sees_what_another_wrote(url: str, tmp_path: Path) -> None:

@@ -124,11 +124,10 @@ class Words:
 
     def _count(self, tokenizer: str, stamp: str, reference: float) -> Known:
         field, call, born = f"{tokenizer}_terms", self._connection.call, time.monotonic()
-        lite = self._connection.is_lite
-        if lite:
-            call("flush")  # it searches sealed rows by an index, and makes one for the others with every search
+        if self._connection.address.file:
+            call("flush")  # the embedded build makes an index of sealed rows once, of others with every search
         size = _read_count(call("query", filter="", output_fields=["count(*)"]))
-        if not (lite or size <= WHOLE):
+        if not (self._connection.is_lite or size <= WHOLE):
 
             def ask(term: int) -> int:
                 return _read_count(call("query", filter=f"array_contains({field}, {term})", output_fields=["count(*)"]))
