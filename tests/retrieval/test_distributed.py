@@ -112,6 +112,8 @@ def test_two_processes_fill_a_database(tmp_path: Path) -> None:
             np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=0, atol=1e-5)
             assert sorted(e.id for e, _ in found) == sorted(e.id for e, _ in expected)
         assert first["encoded"] == store.count() == alone.count()
+        words = ["가 이야기", "3번째 문서"]
+        assert store.search_lexical(words, 50) == alone.store.search_lexical(words, 50)
     finally:
         server.kill()
         server.wait()

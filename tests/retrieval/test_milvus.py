@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from koret.retrieval.folder import FolderStore
-from koret.retrieval.milvus import MilvusStore, translate
+from koret.retrieval.milvus import MilvusStore
 from koret.retrieval.milvus_connection import Patience, parse_url
+from koret.retrieval.milvus_rows import translate
 from koret.retrieval.store import Condition, Entry
 
 pytest.importorskip("milvus_lite")
@@ -252,7 +253,7 @@ def test_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
     url = f"milvus:{tmp_path}/killed.db"
-    MilvusStore.create(url, INFO, SIZE).close()
+    MilvusStore.create(url, INFO | {"lexical": ["bigram"]}, SIZE).close()
     kept: set[str] = set()
     for round_ in range(5):
         writer = subprocess.Popen([sys.executable, __file__, url, str(round_)], stdout=subprocess.PIPE, text=True)
@@ -265,6 +266,10 @@ def test_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
         assert store.find_versions(names) == ["1"] * len(names)
         for name in names:
             assert store.read_document(name) == make_document(name, 50)
+        folder = FolderStore.create(tmp_path / f"folder{round_}", store.info, SIZE)
+        entries = [entry for name in store.list_documents() for entry in store.read_document(name)]
+        folder.add(entries, make_vectors(len(entries)))
+        assert store.search_lexical(["본문 7", "제목"], 20) == folder.search_lexical(["본문 7", "제목"], 20)
         store.close()
     assert len(kept) >= 50
 

@@ -99,7 +99,7 @@ class Index:
     @property
     def has_words(self) -> bool:
         """Whether it can be searched by words too."""
-        return bool(self.info.lexical) and hasattr(self.store, "search_lexical")
+        return bool(self.info.lexical)
 
     def search(
         self,
@@ -136,7 +136,10 @@ class Index:
         """The K passages of largest BM25 score; those that share no word with the query are no results."""
         _check_queries(queries)
         if not self.has_words:
-            raise ValueError(f"{self.location} has no lexical part: search it with the mode dense")
+            raise ValueError(
+                f"{self.location} has no lexical part: search it with the mode dense, or build a new index with "
+                "--lexical"
+            )
         clipped = [query[:LONGEST_QUERY] for query in queries]
         return [_make_hits(found, "lexical") for found in self.store.search_lexical(clipped, k, where)]
 

@@ -11,27 +11,22 @@ machine can open it.
 from __future__ import annotations
 
 import collections
-import hashlib
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from koret.retrieval.milvus_connection import INDEXES, Address, Connection, Patience, parse_url
-from koret.retrieval.store import Condition, Entry, Found, Value
+from koret.retrieval.milvus_connection import DEEPEST, INDEXES, Address, Connection, Patience, parse_url
+from koret.retrieval.milvus_rows import ENTRY, LONGEST, agree, hash_name, make_entry, make_rows, translate
+from koret.retrieval.milvus_words import STAMP, Words, describe_words, find_words
+from koret.retrieval.store import Condition, Entry, Found
 
-LONGEST = 65_535  # bytes of a text field: the engine's limit
-DEEPEST = 16_384  # results of one search: the engine's limit
 ROWS, OWNERS = 1000, 256  # rows sent together, documents asked about together
 SPARE = 16  # results fetched beyond k, so that ties at the edge are rarely cut
 INFO = "koret.info"  # the property that holds what the index says about itself
-ENTRY = ("id", "document", "heading", "text", "version", "metadata")
-_SPECIAL = re.compile(r"\W")
 
 
 class MilvusStore:
@@ -44,6 +39,7 @@ class MilvusStore:
 
     def __init__(self, address: Address, info: dict[str, Any], dimensions: int, connection: Connection) -> None:
         self.address, self.info, self.dimensions, self._connection = address, info, dimensions, connection
+        self._words = Words(connection, info.get("lexical", ()))
 
     @classmethod
     def create(
@@ -58,10 +54,10 @@ class MilvusStore:
             if connection.call("has_collection"):
                 raise ValueError(f"{url}: the collection '{address.collection}' exists; open it, or name another")
             info = {**info, "dimensions": dimensions, "milvus_index": address.index}
-            schema, indexes = _describe_collection(connection.pymilvus, info, dimensions, address.index)
+            schema, indexes = _describe_collection(connection, info, dimensions, address.index)
             connection.call(
                 "create_collection", schema=schema, index_params=indexes, consistency_level="Strong",
-                properties={INFO: schema.description},
+                properties={INFO: schema.description, STAMP: "kept"},
             )  # fmt: skip
         except BaseException:
             connection.close()
@@ -81,7 +77,8 @@ class MilvusStore:
             if not connection.call("has_collection"):
                 raise missing
             try:
-                info = _read_info(connection.call("describe_collection"))
+                described = connection.call("describe_collection")
+                info = _read_info(described)
                 dimensions = int(info["dimensions"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{url}: koret did not make the collection '{address.collection}'") from None
@@ -89,6 +86,8 @@ class MilvusStore:
         except BaseException:
             connection.close()
             raise
+        # A collection made before collections had words says nonetheless that it has them
+        info["lexical"] = find_words(described, info.get("lexical", ()))
         return cls(address, info, dimensions, connection)
 
     # ---- reading
@@ -102,8 +101,7 @@ class MilvusStore:
             raise ValueError(f"query vectors {vectors.shape} do not fit an index of {self.dimensions} dimensions")
         if not np.isfinite(vectors).all():
             raise ValueError("a query vector holds NaN or infinite values")
-        if not 1 <= k <= DEEPEST:
-            raise ValueError(f"k must lie between 1 and {DEEPEST:,} in a Milvus collection, not {k}")
+        _check_k(k)
         condition = translate(where)
         limit = min(k + SPARE, DEEPEST)
         together = max(1, 2000 // limit)
@@ -114,11 +112,30 @@ class MilvusStore:
             found += [self._rank(query, hits, k, condition) for query, hits in zip(block, results, strict=True)]
         return found
 
+    def search_lexical(
+        self, queries: Sequence[str], k: int, where: Sequence[Condition] = (), tokenizer: str | None = None
+    ) -> list[Found]:
+        """The K passages of largest BM25 score (``lexical.LexicalIndex``), as ``folder.FolderStore`` finds them.
+
+        Where more than 16,384 passages come close to the best K, those are taken that the engine holds to be best.
+        """
+        tokenizer = tokenizer or next(iter(self._words.tokenizers), None)
+        if tokenizer not in self._words.tokenizers:
+            raise ValueError(f"the index was built without {tokenizer or 'a'} lexical part: build it with --lexical")
+        found = self._words.search(queries, _check_k(k), translate(where), tokenizer)
+        keys = list(dict.fromkeys(key for best in found for key, _ in best))
+        entries: dict[str, Entry] = {}
+        for start in range(0, len(keys), ROWS):
+            rows = self._connection.call("get", ids=keys[start : start + ROWS], output_fields=["key", *ENTRY])
+            entries.update((row["key"], make_entry(row)) for row in rows)
+        # One that was deleted meanwhile is no result
+        return [[(entries[key], score) for key, score in best if key in entries] for best in found]
+
     def find_versions(self, documents: Sequence[str]) -> list[str | None]:
         rows: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
         for row in self._scan_documents(documents, ["document", "version", "parts"]):
             rows[row["document"]].append((row["version"], row["parts"]))
-        return [_agree(rows.get(name, [])) for name in documents]
+        return [agree(rows.get(name, [])) for name in documents]
 
     def list_documents(self) -> Iterator[str]:
         for row in self._connection.scan("number == 1", ["document"]):
@@ -127,14 +144,14 @@ class MilvusStore:
     def read_document(self, document: str) -> list[Entry]:
         """The passages of a document, in the order of its text; empty where it is unknown."""
         rows = self._scan_documents([document], [*ENTRY, "number"])
-        return [_make_entry(row) for row in sorted(rows, key=lambda row: row["number"])]
+        return [make_entry(row) for row in sorted(rows, key=lambda row: row["number"])]
 
     def _fetch(self, queries: np.ndarray, limit: int, condition: str) -> list[list[dict]]:
         depth = max(2 * limit, 64)
         parameters = {"HNSW": {"ef": depth}, "DISKANN": {"search_list": depth}}.get(self.info.get("milvus_index"), {})
         return self._connection.call(
-            "search", data=queries.tolist(), limit=limit, filter=condition, output_fields=[*ENTRY, "vector"],
-            search_params={"metric_type": "IP", "params": parameters},
+            "search", data=queries.tolist(), anns_field="vector", limit=limit, filter=condition,
+            output_fields=[*ENTRY, "vector"], search_params={"metric_type": "IP", "params": parameters},
         )  # fmt: skip
 
     def _rank(self, query: np.ndarray, hits: list[dict], k: int, condition: str) -> Found:
@@ -149,11 +166,11 @@ class MilvusStore:
         rows = [hit["entity"] for hit in hits]
         kept = np.array([row["vector"] for row in rows], np.float32).astype(np.float64)
         scores = np.einsum("nd,nd->n", np.broadcast_to(query.astype(np.float64), kept.shape), kept)
-        pairs = [(_make_entry(row), score) for row, score in zip(rows, scores.tolist(), strict=True)]
+        pairs = [(make_entry(row), score) for row, score in zip(rows, scores.tolist(), strict=True)]
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0].id))[:k]
 
     def _scan_documents(self, documents: Sequence[str], fields: Sequence[str]) -> list[dict]:
-        owners = sorted({_hash(name) for name in documents})
+        owners = sorted({hash_name(name) for name in documents})
         rows = []
         for start in range(0, len(owners), OWNERS):
             listed = ", ".join(f'"{owner}"' for owner in owners[start : start + OWNERS])
@@ -166,7 +183,8 @@ class MilvusStore:
     # ---- writing
 
     def add(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
-        """See ``store.Store``. Raises ValueError for a text of more than 65,535 bytes, before anything is sent."""
+        """See ``store.Store``. Raises ValueError for a text of more than 65,535 bytes, or of more different words than
+        a row holds, before anything is sent."""
         vectors = np.asarray(vectors, np.float32)
         if vectors.shape != (len(entries), self.dimensions):
             raise ValueError(f"vectors {vectors.shape} do not fit {len(entries)} passages of {self.dimensions}")
@@ -174,107 +192,40 @@ class MilvusStore:
             raise ValueError("the vectors must be finite and of unit length")
         if self.info.get("dtype", "float16") != "float32":
             vectors = vectors.astype(np.float16).astype(np.float32)
-        rows = _make_rows(entries, vectors)
+        rows = make_rows(entries, vectors)
+        self._words.fill(rows)
         names = list(dict.fromkeys(entry.document for entry in entries))
         before = {row["key"] for row in self._scan_documents(names, ["key"])}
-        for start in range(0, len(rows), ROWS):
-            self._connection.call("upsert", data=rows[start : start + ROWS])
         stale = sorted(before - {row["key"] for row in rows})
-        for start in range(0, len(stale), ROWS):
-            self._connection.call("delete", ids=stale[start : start + ROWS])
+        with self._words.changing():
+            for start in range(0, len(rows), ROWS):
+                self._connection.call("upsert", data=rows[start : start + ROWS])
+            self._remove(stale)
 
     def delete(self, documents: Sequence[str]) -> int:
         found = self._scan_documents(documents, ["key", "number"])
         places = {row["key"]: (row["number"] == 1, row["key"]) for row in found}
         keys = sorted(places, key=places.get)  # a document is listed by its first passage: it goes last
+        if keys:
+            with self._words.changing():
+                self._remove(keys)
+        return len(keys)
+
+    def _remove(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), ROWS):
             self._connection.call("delete", ids=keys[start : start + ROWS])
-        return len(keys)
 
     def close(self) -> None:
         self._connection.close()
 
 
-# ---- rows and conditions
+# ---- details
 
 
-def translate(where: Sequence[Condition]) -> str:
-    """Conditions as an expression of the engine with the meaning of ``Condition.accept``.
-
-    Numbers and texts lie under different keys of the JSON field (``_split_values``), so types never meet; 'not' is
-    put around a whole test of presence and value, because engines disagree about != on what is missing.
-    """
-    return " and ".join(_translate(condition) for condition in where)
-
-
-def _translate(condition: Condition) -> str:
-    field = f'values["{_name_key(condition.key, condition.value)}"]'
-    sign = "==" if condition.sign in ("=", "!=") else condition.sign
-    test = f"(exists {field} and {field} {sign} {_quote(condition.value)})"
-    return f"(not {test})" if condition.sign == "!=" else test
-
-
-def _name_key(key: str, value: Value) -> str:
-    """A key without characters that mean something to the engine; one to one."""
-    kind = "t" if isinstance(value, str) else "n"
-    return kind + _SPECIAL.sub(lambda found: f"%{ord(found[0]):x};", key)
-
-
-def _quote(value: Value) -> str:
-    if not isinstance(value, str):
-        return repr(_plain_number(value))
-    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
-        value = value.replace(plain, escaped)
-    return f'"{value}"'
-
-
-def _plain_number(value: int | float | bool) -> int | float:
-    """Booleans are numbers, as in Python; numbers stay within what the engine's JSON can hold."""
-    if isinstance(value, int):
-        return int(value) if -(2**63) <= value < 2**63 else float(value)
-    return math.copysign(np.finfo(np.float64).max.item(), value) if math.isinf(value) else value
-
-
-def _split_values(entry: Entry) -> dict[str, Value]:
-    """What conditions look at; a NaN meets what a missing value meets and is left out."""
-    values = {**entry.metadata, "document": entry.document, "heading": entry.heading}
-    return {
-        _name_key(key, value): value if isinstance(value, str) else _plain_number(value)
-        for key, value in values.items()
-        if value == value
-    }
-
-
-def _make_rows(entries: Sequence[Entry], vectors: np.ndarray) -> list[dict[str, Any]]:
-    parts = collections.Counter(entry.document for entry in entries)
-    numbers: dict[str, int] = collections.defaultdict(int)
-    rows, keys = [], set()
-    for entry, vector in zip(entries, vectors, strict=True):
-        numbers[entry.document] += 1
-        row = {name: getattr(entry, name) for name in ENTRY} | {"metadata": json.dumps(entry.metadata)}
-        for name, text in row.items():
-            if (size := len(text.encode())) > LONGEST:
-                raise ValueError(f"{name} of {entry.id[:80]!r} takes {size:,} bytes; Milvus holds at most {LONGEST:,}")
-        row |= {"key": _hash(entry.id), "owner": _hash(entry.document), "values": _split_values(entry)}
-        keys.add(row["key"])
-        rows.append(row | {"number": numbers[entry.document], "parts": parts[entry.document], "vector": vector})
-    if len(keys) < len(rows):
-        raise ValueError("two passages have the same id")
-    return rows
-
-
-def _make_entry(row: dict[str, Any]) -> Entry:
-    return Entry(**{name: row[name] for name in ENTRY} | {"metadata": json.loads(row["metadata"])})
-
-
-def _agree(rows: Sequence[tuple[str, int]]) -> str | None:
-    """The version of a document from (version, parts) of its passages; None unless all of one version are there."""
-    return rows[0][0] if len(set(rows)) == 1 and rows[0][1] == len(rows) else None
-
-
-def _hash(name: str) -> str:
-    """A key without characters that need quoting, whatever the id holds."""
-    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _check_k(k: int) -> int:
+    if not 1 <= k <= DEEPEST:
+        raise ValueError(f"k must lie between 1 and {DEEPEST:,} in a Milvus collection, not {k}")
+    return k
 
 
 def _read_info(described: dict[str, Any]) -> dict[str, Any]:
@@ -282,7 +233,8 @@ def _read_info(described: dict[str, Any]) -> dict[str, Any]:
     return json.loads(described.get("properties", {}).get(INFO) or described["description"])
 
 
-def _describe_collection(pymilvus: Any, info: dict[str, Any], dimensions: int, index: str) -> tuple[Any, Any]:
+def _describe_collection(connection: Connection, info: dict[str, Any], dimensions: int, index: str) -> tuple[Any, Any]:
+    pymilvus = connection.pymilvus
     kinds = pymilvus.DataType
     description = json.dumps(info, ensure_ascii=False)
     schema = pymilvus.MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
@@ -296,4 +248,5 @@ def _describe_collection(pymilvus: Any, info: dict[str, Any], dimensions: int, i
     schema.add_field("vector", kinds.FLOAT_VECTOR, dim=dimensions)
     indexes = pymilvus.MilvusClient.prepare_index_params()
     indexes.add_index("vector", index_type=index, metric_type="IP", params=INDEXES[index])
+    describe_words(pymilvus, schema, indexes, info.get("lexical", ()), connection.is_lite)
     return schema, indexes

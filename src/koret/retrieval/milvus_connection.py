@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import logging
 import os
 import re
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 TOKEN = "KORET_MILVUS_TOKEN"
+DEEPEST = 16_384  # results of one search: the engine's limit
 INDEXES: dict[str, dict[str, Any]] = {
     "FLAT": {},
     "HNSW": {"M": 32, "efConstruction": 200},
@@ -77,10 +80,38 @@ def _explain_url(url: str) -> ValueError:
     )
 
 
+class Turns:
+    """A lock given in the order in which it was asked for: threads that ask again at once would starve the others."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[object] = collections.deque()  # the first has it
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        own = object()
+        with self._changed:
+            self._waiting.append(own)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is own)
+            except BaseException:
+                self._waiting.remove(own)
+                self._changed.notify_all()
+                raise
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._waiting.popleft()
+            self._changed.notify_all()
+
+
 class Connection:
-    """A client that tries again while the engine is away, and then says so in words."""
+    """A client that tries again while the engine is away, and then says so in words.
+
+    Calls to an embedded engine take turns: a write, or a search, while it seals what was written misses passages.
+    """
 
     _users: collections.Counter[str] = collections.Counter()  # of each embedded engine in this process
+    _turns: collections.defaultdict[str, Turns] = collections.defaultdict(Turns)  # of those too
     _lock = threading.Lock()
 
     def __init__(self, address: Address, patience: Patience) -> None:
@@ -89,15 +120,22 @@ class Connection:
         self._client: Any = None
         self._counted = 0  # 1: this connection is one of the users
         self._opening = threading.Lock()
+        with self._lock:
+            self._turn = self._turns[address.file] if address.file else contextlib.nullcontext()
 
     def call(self, name: str, **arguments: Any) -> Any:
         """The client's method ``name`` on the collection."""
         return self.try_again(lambda: self._call(name, **arguments))
 
+    @functools.cached_property
+    def is_lite(self) -> bool:
+        """Whether the engine is the embedded build, in a file or behind a port."""
+        return "lite" in self.try_again(lambda: self._connect().get_server_version(timeout=self.patience.call))
+
     def scan(self, condition: str, fields: Sequence[str], rows: int = 1000) -> Iterator[dict[str, Any]]:
         """Every row that meets ``condition``, a page at a time; begin again where it breaks off."""
         pages = self._call("query_iterator", filter=condition, output_fields=list(fields), batch_size=rows, limit=-1)
-        while page := pages.next():
+        while page := self._take_turn(pages.next):
             yield from page
         pages.close()
 
@@ -134,7 +172,11 @@ class Connection:
 
     def _call(self, name: str, **arguments: Any) -> Any:
         method = getattr(self._connect(), name)
-        return method(collection_name=self.address.collection, timeout=self.patience.call, **arguments)
+        return self._take_turn(method, collection_name=self.address.collection, timeout=self.patience.call, **arguments)
+
+    def _take_turn(self, method: Callable[..., Any], **arguments: Any) -> Any:
+        with self._turn:
+            return method(**arguments)
 
     def _connect(self) -> Any:
         with self._opening:

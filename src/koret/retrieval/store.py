@@ -28,7 +28,7 @@ class Entry(msgspec.Struct, frozen=True):
     metadata: dict[str, Value] = {}
 
 
-Found = list[tuple[Entry, float]]  # best first, with cosine similarities
+Found = list[tuple[Entry, float]]  # best first, with cosine similarities or BM25 scores
 
 
 class Condition(msgspec.Struct, frozen=True):
@@ -73,6 +73,15 @@ class Store(Protocol):
         """The K passages of largest cosine for each of the query vectors (Q, D), among those that meet ``where``.
 
         Order is (score descending, id ascending).
+        """
+
+    def search_lexical(
+        self, queries: Sequence[str], k: int, where: Sequence[Condition] = (), tokenizer: str | None = None
+    ) -> list[Found]:
+        """The K passages of largest BM25 score (``lexical.LexicalIndex``); those sharing no token are no results.
+
+        ``tokenizer``: one of ``info["lexical"]``, by default the first. Raises ValueError for another one. Order is
+        (score descending, id ascending).
         """
 
     def count(self) -> int:
