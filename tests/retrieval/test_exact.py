@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from koret.retrieval.exact import find_top_k, rank_scores
+from koret.retrieval.exact import find_top_k, multiply, rank_scores
 
 
 def _vectors(count, seed, dimensions=48):
@@ -32,6 +32,17 @@ def test_equals_a_stable_sort_for_every_chunk_size(corpus, chunk, query_chunk):
     rows, scores = find_top_k(queries, corpus, 30, chunk=chunk, query_chunk=query_chunk)
     assert (rows == _sort_everything(queries, corpus, 30)).all()
     assert np.allclose(scores, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 64, 65])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100])
+def test_products_are_those_of_every_pair(count, size):
+    rng = np.random.default_rng(count + size)
+    queries, block = (rng.standard_normal((n, 33)).astype(np.float32) for n in (count, size))
+    block.setflags(write=False)
+    products = multiply(queries, block)
+    assert products.shape == (count, size) and products.flags.c_contiguous
+    assert products == pytest.approx(queries.astype(np.float64) @ block.T.astype(np.float64), abs=1e-4)
 
 
 def test_duplicates_come_in_corpus_order(corpus):
