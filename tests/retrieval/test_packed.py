@@ -214,6 +214,19 @@ def test_padded_layout_for_accelerators_gives_the_same_vectors(monkeypatch):
         assert torch.allclose(forward(ids), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_attention_of_accelerators_mixes_as_the_cpu_does(masked):
+    heads, width, lengths = 3, 8, [5, 2, 4]
+    q, k, v = torch.randn(3, len(lengths) * heads, max(lengths), width, dtype=torch.float64)
+    mask = packed.plan_padded_layout(lengths).groups[0][3].double() if masked else None
+    scores = q @ k.transpose(1, 2)
+    if masked:
+        scores = scores + mask.repeat_interleave(heads, 0)
+    fused = packed._mix_fused(q, k, v, mask, heads)
+    assert fused.shape == (len(lengths), heads, max(lengths), width)
+    torch.testing.assert_close(fused.reshape(v.shape), torch.softmax(scores, -1) @ v)
+
+
 def test_weights_changed_in_place_are_seen():
     module, ids = build("bert"), draw_ids([5, 60])
     for parameter in module.parameters():

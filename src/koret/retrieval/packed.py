@@ -380,9 +380,7 @@ class BlockAttention(torch.autograd.Function):
             if qkv.device.type == "cpu":
                 mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
             else:
-                q, k, v = (part.view(n, heads, length, -1) for part in (q, k, v))
-                bias = None if mask is None else mask[:, None]
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+                mixed = _mix_fused(q, k, v, mask, heads)
             _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
         ctx.save_for_backward(qkv)
         ctx.groups, ctx.heads = groups, heads
@@ -403,6 +401,13 @@ class BlockAttention(torch.autograd.Function):
             parts[0].copy_(torch.bmm(d_scores, k).mul_(q.shape[-1] ** -0.5).view(parts[0].shape))
             parts[1].copy_(torch.bmm(d_scores.transpose(1, 2), q).view(parts[1].shape))
         return result, None, None
+
+
+def _mix_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+    """softmax(q k^T + mask) v by the framework's fused kernels, which keep no scores: (n H, L, D) -> (n, H, L, D)."""
+    q, k, v = (part.view(-1, heads, *part.shape[1:]) for part in (q, k, v))
+    bias = None if mask is None else mask[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # q is scaled already
 
 
 class _Scratch:
