@@ -124,6 +124,18 @@ def test_documents_are_replaced_deleted_and_found_again_after_opening(tmp_path):
     assert store.delete(["없는 문서"]) == 0
 
 
+def test_files_of_others_harm_nobody(tmp_path):
+    store = make_store(tmp_path / "i")
+    store.add(make_entries(3), make_vectors(9))
+    store.close()
+    (tmp_path / "i" / "segments" / ".DS_Store").write_bytes(b"desktop")
+    (next((tmp_path / "i" / "segments").glob("0*")) / "thumbnails").mkdir()
+    store = FolderStore.open(tmp_path / "i")
+    store.add(make_entries(3, first=3), make_vectors(9, seed=1))
+    assert store.count() == 18
+    assert (tmp_path / "i" / "segments" / ".DS_Store").exists()
+
+
 def test_compaction_changes_no_result_and_keeps_segments_few(tmp_path):
     store = make_store(tmp_path / "i", "float16", ("bigram",))
     entries, vectors = make_entries(60), make_vectors(180)

@@ -199,6 +199,14 @@ def test_an_empty_corpus_is_an_error_and_is_explained(encoder, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"id": "a"}\n')
     with pytest.raises(DataError, match="no document.*c.jsonl.*no text"):
         build_index(encoder, tmp_path / "c.jsonl", tmp_path / "i")
+    assert not (tmp_path / "i").exists()  # else its settings would be fixed, though nobody chose them
+    (tmp_path / "c.jsonl").write_text('{"id": "a", "text": "한라산"}\n')
+    with build_closing(encoder, tmp_path / "c.jsonl", tmp_path / "i", dtype="int8") as index:
+        assert index.count() == 1
+    (tmp_path / "c.jsonl").write_text('{"id": "b"}\n')
+    with pytest.raises(DataError, match="no document"):
+        build_index(encoder, tmp_path / "c.jsonl", tmp_path / "i")
+    assert open_index(tmp_path / "i", encoder).count() == 1  # one that was there stays
 
 
 def test_long_texts_are_cut_and_counted(encoder, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,7 +255,30 @@ def test_refuses_in_words(url: str) -> None:
             store.search_lexical(["글"], k)
 
 
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 9])
+def test_words_are_added_up_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus_words, "TOGETHER", 3)
+    lists = [list(range(i % 4, i % 4 + i)) for i in range(size)]
+    rows, terms, counts = milvus_words._add_up(iter(lists))
+    expected = Counter(term for own in lists for term in own)
+    assert rows == size and dict(zip(terms.tolist(), counts.tolist(), strict=True)) == expected
+    assert terms.tolist() == sorted(expected)
+
+
 # ---- through the index and the command line
+
+
+def test_a_document_the_engine_cannot_hold_is_listed_and_the_others_are_kept(database: str, tmp_path: Path) -> None:
+    place = f"{database}?collection=unfit"
+    records = [{"id": f"d{i}", "text": f"{NOUNS[i]}이 있다"} for i in range(5)]
+    records[1]["note"] = "가" * 20_000  # fits: 60,000 bytes as UTF-8
+    records[2]["note"] = "가" * 30_000
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(own, ensure_ascii=False) + "\n" for own in records))
+    index = build_index("offline", tmp_path / "c.jsonl", place)
+    assert index.count() == 4 and index.report.added == 4
+    (lost,) = index.report.rejects
+    assert lost.id == "d2" and "Milvus holds at most 65,535" in lost.reason
+    index.close()
 
 
 def write_corpus(path: Path, count: int = 24) -> Path:

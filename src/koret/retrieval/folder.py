@@ -335,6 +335,11 @@ class FolderStore:
             os.close(self._lock)
             self._lock = None
 
+    def discard(self) -> None:
+        """Close the index and remove it from the disk."""
+        self.close()
+        shutil.rmtree(self.path)
+
     @contextlib.contextmanager
     def _write(self) -> Iterator[dict[str, Any]]:
         """The manifest to change; on leaving it replaces the old one (unless emptied) and is what is searched."""
@@ -445,10 +450,12 @@ class FolderStore:
     def _open_segment(self, record: dict) -> Segment:
         folder = self.path / "segments" / record["name"]
         for name, (size, _) in record["files"].items():
-            if not (folder / name).is_file():
-                raise explain_damage(folder / name, "it is missing")
-            if (folder / name).stat().st_size != size:
-                raise explain_damage(folder / name, f"{(folder / name).stat().st_size:,} bytes instead of {size:,}")
+            try:
+                found = (folder / name).stat().st_size
+            except FileNotFoundError:
+                raise explain_damage(folder / name, "it is missing") from None
+            if found != size:
+                raise explain_damage(folder / name, f"{found:,} bytes instead of {size:,}")
         live = None
         if record["deleted"]:
             name, digest = record["deleted"]
@@ -477,12 +484,14 @@ class FolderStore:
         files.remove_leftovers(self.path)
         known = {record["name"]: record for record in self._manifest["segments"]}
         for folder in (self.path / "segments").iterdir():
+            if not folder.is_dir():  # a desktop's or file system's own, such as .DS_Store or .nfs0001
+                continue
             if folder.name not in known:
                 shutil.rmtree(folder)
                 continue
             keep = {*known[folder.name]["files"], *(known[folder.name]["deleted"] or ())}
             for file in folder.iterdir():
-                if file.name not in keep:
+                if file.name not in keep and file.is_file():
                     file.unlink()
 
 

@@ -171,7 +171,10 @@ class Index:
         report, started = self.report, time.perf_counter()
         count_tokens = make_token_counter(self.encoder.export_tokenizer(find_cache_dir(None) / "tokenizers"))
         changed = skip_unchanged(self.store, documents, report)
-        for entries in gather_segments(changed, self.info.passage_tokens, count_tokens, report):
+        explain_unfit = getattr(self.store, "explain_unfit", None)
+        for entries in gather_segments(
+            changed, self.info.passage_tokens, count_tokens, report, explain_unfit=explain_unfit
+        ):
             self.store.add(entries, encode_entries(self.encoder, entries, progress is not None))
             report.encoded += len(entries)
             if progress:
@@ -230,6 +233,7 @@ def build_index(
     documents = itertools.chain(first, documents)
     wanted = {"dtype": dtype, "lexical": None if lexical is None else tuple(lexical), "passage_tokens": passage_tokens}
     store = open_store(out) if exists(out) else None
+    is_new = store is None
     if store is None:
         info = describe_encoder(encoder, out, {**wanted, "hybrid_weight": hybrid_weight})
         store = create_store(out, info)
@@ -240,6 +244,11 @@ def build_index(
             _add_approximate(index)
         if not getattr(store, "is_tuned", True):
             store.tune_bits(encoder.encode(sample_queries(store), "query"))
+    except DataError:
+        if is_new:  # it holds nothing, and would fix settings that nobody chose for good
+            store.discard()
+        store.close()
+        raise
     except BaseException:
         store.close()
         raise
@@ -329,13 +338,20 @@ def gather_segments(
     count_tokens: Callable,
     report: BuildReport,
     size: int = SEGMENT,
+    *,
+    explain_unfit: Callable[[list[Entry]], str | None] | None = None,
 ) -> Iterator[list[Entry]]:
-    """Passages of whole documents, about ``size`` together. One without any is a reject: what was kept of it stays."""
+    """Passages of whole documents, about ``size`` together.
+
+    A document without any, or that ``explain_unfit`` gives a reason not to keep, is a reject: what was kept of it
+    stays.
+    """
     waiting: list[Entry] = []
     for document, is_new in documents:
         entries, cut = cut_document(document, budget, count_tokens)
-        if not entries:
-            lost = Reject(document.id, "no text in it", 0, document.title, document.id, is_article=True)
+        unfit = "no text in it" if not entries else explain_unfit(entries) if explain_unfit else None
+        if unfit:
+            lost = Reject(document.id, unfit, 0, document.title, document.id, is_article=True)
             report.note_reject(lost)
             report.spared += not is_new
             continue

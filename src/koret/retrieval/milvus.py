@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 
 from koret.retrieval.milvus_connection import DEEPEST, INDEXES, Address, Connection, Patience, parse_url
-from koret.retrieval.milvus_rows import ENTRY, LONGEST, agree, hash_name, make_entry, make_rows, translate
+from koret.retrieval.milvus_rows import (
+    ENTRY,
+    LONGEST,
+    agree,
+    check_length,
+    hash_name,
+    make_entry,
+    make_rows,
+    translate,
+)
 from koret.retrieval.milvus_words import STAMP, Words, describe_words, find_words
 from koret.retrieval.store import Condition, Entry, Found
 
@@ -202,6 +211,16 @@ class MilvusStore:
                 self._connection.call("upsert", data=rows[start : start + ROWS])
             self._remove(stale)
 
+    def explain_unfit(self, entries: Sequence[Entry]) -> str | None:
+        """Why the passages of a document cannot be kept, in words; None where they can."""
+        try:
+            for entry in entries:
+                check_length(entry)
+                self._words.check_count(entry)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def delete(self, documents: Sequence[str]) -> int:
         found = self._scan_documents(documents, ["key", "number"])
         places = {row["key"]: (row["number"] == 1, row["key"]) for row in found}
@@ -214,6 +233,11 @@ class MilvusStore:
     def _remove(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), ROWS):
             self._connection.call("delete", ids=keys[start : start + ROWS])
+
+    def discard(self) -> None:
+        """Remove the collection and close."""
+        self._connection.call("drop_collection")
+        self.close()
 
     def close(self) -> None:
         self._connection.close()

@@ -143,12 +143,15 @@ class Connection:
         """Every operation here may be repeated: writes replace by key, deletions name keys."""
         import grpc
 
+        is_unloaded = False
         for pause in (*self.patience.pauses, None):
             try:
+                if is_unloaded:
+                    self._call("load_collection")
                 return once()
             except (self.pymilvus.MilvusException, grpc.RpcError) as error:
-                if re.search("not loaded|'released'", str(error)) and pause is not None:  # the engine was started again
-                    self._call("load_collection")
+                is_unloaded = bool(re.search("not loaded|'released'", str(error)))  # the engine was started again
+                if is_unloaded and pause is not None:
                     continue
                 if not self._is_away(error):
                     raise RuntimeError(self._explain_refusal(error)) from error

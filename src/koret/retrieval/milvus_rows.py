@@ -72,16 +72,25 @@ def make_rows(entries: Sequence[Entry], vectors: np.ndarray) -> list[dict[str, A
     rows, keys = [], set()
     for entry, vector in zip(entries, vectors, strict=True):
         numbers[entry.document] += 1
-        row = {name: getattr(entry, name) for name in ENTRY} | {"metadata": json.dumps(entry.metadata)}
-        for name, text in row.items():
-            if (size := len(text.encode())) > LONGEST:
-                raise ValueError(f"{name} of {entry.id[:80]!r} takes {size:,} bytes; Milvus holds at most {LONGEST:,}")
+        check_length(entry)
+        row = _list_texts(entry)
         row |= {"key": hash_name(entry.id), "owner": hash_name(entry.document), "values": _split_values(entry)}
         keys.add(row["key"])
         rows.append(row | {"number": numbers[entry.document], "parts": parts[entry.document], "vector": vector})
     if len(keys) < len(rows):
         raise ValueError("two passages have the same id")
     return rows
+
+
+def _list_texts(entry: Entry) -> dict[str, str]:
+    return {name: getattr(entry, name) for name in ENTRY} | {"metadata": json.dumps(entry.metadata, ensure_ascii=False)}
+
+
+def check_length(entry: Entry) -> None:
+    """Raises ValueError for a passage with a text longer than the engine holds."""
+    for name, text in _list_texts(entry).items():
+        if (size := len(text.encode())) > LONGEST:
+            raise ValueError(f"{name} of {entry.id[:80]!r} takes {size:,} bytes; Milvus holds at most {LONGEST:,}")
 
 
 def make_entry(row: dict[str, Any]) -> Entry:

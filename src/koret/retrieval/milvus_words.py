@@ -11,11 +11,12 @@ until the collection's stamp says that somebody wrote.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,10 +26,13 @@ from koret.data.passages import join_heading
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.milvus_connection import DEEPEST, Connection
 from koret.retrieval.postings import K1, B, hash_text
+from koret.retrieval.store import Entry
 
 CAPACITY = 4096  # numbers in an array field: the engine's limit
 BITS = 18  # of a length: two texts of 65,535 bytes have fewer words
 WHOLE = 20_000  # passages of which all words are read at once; of more, each word of a query is counted
+TOGETHER = 4096  # of these, as many at a time
+REMEMBERED = 200_000  # words whose counts are kept
 SETTLE = 60.0  # seconds that counts are believed while somebody writes, or after a writer died
 SPARE = 16  # candidates fetched beyond k
 STAMP, MEAN = "koret.words", "koret.mean"  # properties: who wrote last; mean lengths that weights were made with
@@ -52,12 +56,7 @@ class Words:
         counted = {name: [Counter(tokens) for tokens in tokenize(texts, name)] for name in self.tokenizers}
         for name, counts in counted.items():
             for row, own in zip(rows, counts, strict=True):
-                if len(own) > CAPACITY - BITS:
-                    raise ValueError(
-                        f"{row['id'][:80]!r} has {len(own):,} different words ({name}); Milvus holds at most "
-                        f"{CAPACITY - BITS:,}: build an index of shorter passages (--passage-tokens), or one without "
-                        "words (--lexical none)"
-                    )
+                _check_count(row["id"], len(own), name)
         if not counted:
             return
         kept = self._read_properties()
@@ -73,6 +72,13 @@ class Words:
                     (term, count / (count + K1 * (1 - B + B * length / mean)))
                     for term, count in zip(terms, own.values(), strict=True)
                 ) | {0: 1.0}  # the engine refuses an empty one; no query asks for 0
+
+    def check_count(self, entry: Entry) -> None:
+        """Raises ValueError for a passage of more different words than a row holds."""
+        text = join_heading(entry.heading, entry.text)
+        if len(text) > CAPACITY - BITS:  # a word begins at a character of its own
+            for name in self.tokenizers:
+                _check_count(entry.id, len(set(tokenize([text], name)[0])), name)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -133,16 +139,15 @@ class Words:
                 return _read_count(call("query", filter=f"array_contains({field}, {term})", output_fields=["count(*)"]))
 
             return Known(stamp, reference, born, size, ask)
-        pages = self._connection.try_again(
-            lambda: [np.array(row[field], np.int64) for row in self._connection.scan("number >= 1", [field])]
+        rows, terms, passages = self._connection.try_again(
+            lambda: _add_up(row[field] for row in self._connection.scan("number >= 1", [field]))
         )
-        terms, passages = np.unique(np.concatenate([*pages, np.zeros(0, np.int64)]), return_counts=True)
 
         def look_up(term: int) -> int:
             i = int(np.searchsorted(terms, term))
             return int(passages[i]) if i < len(terms) and terms[i] == term else 0
 
-        return Known(stamp, reference, born, len(pages), look_up)
+        return Known(stamp, reference, born, rows, look_up)
 
     def _read_properties(self) -> dict[str, str]:
         return self._connection.call("describe_collection").get("properties", {})
@@ -186,9 +191,12 @@ class Known:
 
     def find(self, term: int) -> int:
         """How many passages hold a term."""
-        if term not in self._counts:
-            self._counts[term] = self.ask(term)
-        return self._counts[term]
+        found = self._counts.get(term)
+        if found is None:
+            if len(self._counts) > REMEMBERED:
+                self._counts.clear()
+            found = self._counts[term] = min(self.ask(term), self.size)  # more were added since ``size`` was asked
+        return found
 
     def weigh(self, tokens: Sequence[str]) -> Terms:
         """The terms of a query that some passage holds."""
@@ -239,6 +247,26 @@ def _make_candidate(hit: dict[str, Any], tokenizer: str) -> Candidate:
     # The terms are followed by the bits of the length, which have no counts
     counts = dict(zip(row[f"{tokenizer}_terms"], row[f"{tokenizer}_counts"], strict=False))
     return Candidate(hit["key"], row["id"], hit["distance"], counts)
+
+
+def _check_count(name: str, count: int, tokenizer: str) -> None:
+    if count > CAPACITY - BITS:
+        raise ValueError(
+            f"{name[:80]!r} has {count:,} different words ({tokenizer}); Milvus holds at most {CAPACITY - BITS:,}: "
+            "build an index of shorter passages (--passage-tokens), or one without words (--lexical none)"
+        )
+
+
+def _add_up(lists: Iterable[Sequence[int]]) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many lists there are, the different numbers in them, ascending, and in how many lists each stands."""
+    rows, terms, counts = 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
+    lists = iter(lists)
+    while piece := [np.array(own, np.int64) for own in itertools.islice(lists, TOGETHER)]:
+        rows += len(piece)
+        found, often = np.unique(np.concatenate(piece), return_counts=True)
+        terms, place = np.unique(np.concatenate([terms, found]), return_inverse=True)
+        counts = np.bincount(place, weights=np.concatenate([counts, often]), minlength=len(terms)).astype(np.int64)
+    return rows, terms, counts
 
 
 def hash_term(token: str) -> int:

@@ -130,14 +130,14 @@ class Segment:
         if not where:
             return self.live
         key = tuple(where)
-        if key not in self._masks:
+        mask = self._masks.get(key)  # another thread may clear them at any time
+        if mask is None:
             if len(self._masks) > 16:
                 self._masks.clear()
             mask = np.ones(self.rows, bool)
             for condition in where:
                 mask &= self._test(condition)
             self._masks[key] = mask
-        mask = self._masks[key]
         return mask if self.live is None else mask & self.live
 
     def _test(self, condition: Condition) -> np.ndarray:
