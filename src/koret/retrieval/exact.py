@@ -58,7 +58,8 @@ def multiply(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
     as one product, torch's library takes one thread and packs the whole block first.
     """
     block = block if block.flags.writeable else block.copy()  # torch takes no arrays that are only to be read
-    left, right = torch.from_numpy(queries), torch.from_numpy(block)
+    # A copy has ordinary strides; of a lone row NumPy lets them be anything, and torch then takes a slow path
+    left, right = torch.from_numpy(queries.copy()), torch.from_numpy(block)
     if not 0 < len(left) <= _FEW or len(right) < _PIECES:
         return (left @ right.T).numpy()
     even = len(right) // _PIECES * _PIECES
