@@ -9,7 +9,7 @@ Letters: Q queries, N passages, D dimensions, W = ceil(D / 64) words of 64 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -47,5 +47,8 @@ def find_radius(distances: Iterable[np.ndarray], wanted: int) -> int:
 
     Everything within it is a candidate, ties included, so what is found does not depend on how passages are stored.
     """
-    counts: Sequence[np.ndarray] = [np.bincount(own, minlength=NOWHERE + 1)[:NOWHERE] for own in distances]
-    return int(np.searchsorted(np.cumsum(np.sum(counts, axis=0)), wanted).clip(0, NOWHERE - 1))
+    counts = [np.bincount(own)[:NOWHERE] for own in distances]
+    total = np.zeros(max(map(len, counts), default=0), np.int64)
+    for own in counts:
+        total[: len(own)] += own
+    return int(np.searchsorted(np.cumsum(total), wanted).clip(0, NOWHERE - 1))
