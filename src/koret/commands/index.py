@@ -188,11 +188,11 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
             f"approximate: {approximate['nprobe']:,} of {approximate['cells']:,} cells looked at, "
             f"recall@10 {approximate['recall@10']:.3f} of exact search on {approximate['queries']:,} sample queries"
         )
-    elif bits := getattr(index.store, "bits", None):
+    if bits := getattr(index.store, "bits", None):
         print(
             f"bits: the nearest {bits['oversample']:,} passages for each result are scored, "
             f"recall@10 {bits['recall@10']:.3f} of exact search on {bits['queries']:,} sample queries"
         )
-    elif index.count() > LARGE:
+    if not approximate and not bits and index.count() > LARGE:
         print(f"more than {LARGE:,} passages: --approximate makes searching faster, and says at what recall")
     print(f'search it: koret search {options.out} "질문"')

@@ -2,7 +2,8 @@
 
 The share of different signs of two vectors estimates the angle between them (Charikar, STOC 2002), so the vectors of
 fewest different bits are candidates, which are then scored by their own numbers. A bit vector of 384 dimensions takes
-48 bytes, a sixteenth of float16.
+48 bytes, a sixteenth of float16. The numbers of a query against signs rank better by themselves (docs/EXPORT.md), but
+need a product of full width; counting is done by the word, and more candidates make up for it.
 
 Letters: Q queries, N passages, D dimensions, W = ceil(D / 64) words of 64 bits.
 """
