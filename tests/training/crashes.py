@@ -19,6 +19,9 @@ from koret.training.trainer import EmbeddingTrainer
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
+UNHANDLED = 71  # exit code of a child that Ctrl-C reached outside the training
+
+
 def start_or_go_on(config, **options) -> EmbeddingTrainer:
     """What a person does after a crash: the same command, with --resume latest where there is a run."""
     runs = find_runs(config.log_dir)
@@ -41,7 +44,7 @@ def run_child(config, dataset, encoder, output: Path, arm=lambda root: None) -> 
                     start_or_go_on(config, dataset=dataset, encoder=encoder, console=console).train()
                     code = 0
                 except KeyboardInterrupt as error:
-                    code = getattr(error, "exit_code", 71)
+                    code = getattr(error, "exit_code", UNHANDLED)
                 except Exception as error:
                     code = 1
                     file.write(f"{type(error).__name__}: {error}\n")

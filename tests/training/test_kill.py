@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from crashes import count_operations, fill_disk_from, kill_at, read_outcome, run_child, tear_write
+from crashes import UNHANDLED, count_operations, fill_disk_from, kill_at, read_outcome, run_child, tear_write
 
 from koret.config import TrainingConfig
 from koret.retrieval.encoder import load_encoder
@@ -194,8 +194,10 @@ def test_a_signal_finishes_the_step_and_saves(stage, number, code, delay):
 
         threading.Thread(target=strike, daemon=True).start()
 
-    assert stage.run(config, arm) in (code, 0)
+    ended = stage.run(config, arm)
     run = find_runs(config.log_dir)[-1]
+    # a run that was quicker than the signal has let go of it: Python's own handling ends the process then
+    assert ended in (code, 0) or (run.state == "finished" and ended in (UNHANDLED, -number))
     if delay == 0.05 or run.state != "finished":
         assert run.state == "interrupted" and run.status["reason"] == f"stopped by {number.name}"
         assert any((run.path / "checkpoints").glob("step-*"))
