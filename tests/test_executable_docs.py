@@ -274,6 +274,8 @@ def test_every_block_is_of_a_kind_that_is_checked(document):
     fences = [line for line in document.read_text(encoding="utf-8").splitlines() if line.startswith("```")]
     blocks = read_blocks(document)
     assert len(fences) == 2 * len(blocks), "a fence is not closed"
+    outside = BLOCK.sub("", document.read_text(encoding="utf-8"))
+    assert not re.findall(r"^ {4}(?:\$ )?(?:koret|pip|make|python|import) .*", outside, re.MULTILINE), "fence commands"
     for block in blocks:
         known = (*SHELL, "python", *SHOWN)
         assert block.language in known, f"{block.place}: {block.language!r} is not one of {known}"
