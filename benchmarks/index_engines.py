@@ -46,7 +46,11 @@ class Koret:
 
         store = FolderStore.create(folder / "index", {"dtype": self.dtype, "lexical": self.lexical}, DIMENSIONS)
         fill_store(store, data, count, bool(self.lexical))
+        self.settle(store, data, count)
         store.close()
+
+    def settle(self, store: Any, data: Path, count: int) -> None:
+        """What is measured on sample queries once everything is kept."""
 
     def open(self, folder: Path, count: int) -> tuple[Search, int | None]:
         from koret.retrieval.folder import WIDE_BYTES, FolderStore
@@ -66,13 +70,8 @@ def draw_queries(data: Path, count: int) -> np.ndarray:
 
 
 class KoretBits(Koret):
-    def build(self, data: Path, count: int, folder: Path) -> None:
-        from koret.retrieval.folder import FolderStore
-
-        super().build(data, count, folder)
-        store = FolderStore.open(folder / "index")
+    def settle(self, store: Any, data: Path, count: int) -> None:
         store.tune_bits(draw_queries(data, count))
-        store.close()
 
     def open(self, folder: Path, count: int) -> tuple[Search, int | None]:
         from koret.retrieval.folder import FolderStore
@@ -88,13 +87,8 @@ class KoretApproximate(Koret):
 
         super().load()
 
-    def build(self, data: Path, count: int, folder: Path) -> None:
-        from koret.retrieval.folder import FolderStore
-
-        super().build(data, count, folder)
-        store = FolderStore.open(folder / "index")
+    def settle(self, store: Any, data: Path, count: int) -> None:
         store.build_approximate(draw_queries(data, count))
-        store.close()
 
     def open(self, folder: Path, count: int) -> tuple[Search, int | None]:
         search, _ = super().open(folder, count)

@@ -26,17 +26,6 @@ AWKWARD = "문서 '\"\\ {x}\n\x01%"
 SIZE = 8
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of an embedded engine that the tests of this file share; each names its own collection."""
-    return f"milvus://{tmp_path_factory.mktemp('milvus')}/store.db"
-
-
-@pytest.fixture
-def url(database: str, request: pytest.FixtureRequest) -> str:
-    return f"{database}?collection={request.node.name.partition('[')[0]}"
-
-
 def make_vectors(count: int, seed: int = 0) -> np.ndarray:
     vectors = np.random.default_rng(seed).standard_normal((count, SIZE)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

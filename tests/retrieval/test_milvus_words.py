@@ -39,16 +39,6 @@ QUERIES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"milvus://{tmp_path_factory.mktemp('milvus')}/words.db"
-
-
-@pytest.fixture
-def url(database: str, request: pytest.FixtureRequest) -> str:
-    return f"{database}?collection={request.node.name.partition('[')[0]}"
-
-
 def make_corpus(documents: int, seed: int = 0, version: str = "1", words: int = 12) -> list[Entry]:
     """Documents of one to three passages of uneven length; some equal, some without a word, one in five headed."""
     rng = np.random.default_rng(seed)

@@ -192,7 +192,7 @@ def show_report(index: Any, options: argparse.Namespace) -> None:
         )
     if bits := getattr(index.store, "bits", None):
         rest = "bits, with conditions" if approximate else "bits"
-        missed = "" if bits["recall@10"] >= 0.98 else " (below what is aimed at: float16 finds them all)"
+        missed = f" (aimed at: {bits['aim']})" if bits["recall@10"] < bits["aim"] else ""
         print(
             f"{rest}: the nearest {bits['oversample']:,} passages for each result are scored, "
             f"recall@10 {bits['recall@10']:.3f} of exact search on {bits['queries']:,} sample queries{missed}"

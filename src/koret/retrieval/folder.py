@@ -36,7 +36,7 @@ from koret.retrieval.approximate import (
     open_approximate,
     tune,
 )  # fmt: skip
-from koret.retrieval.bits import find_radius, pack_signs
+from koret.retrieval.bits import count_different, find_radius, pack_signs
 from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.manifest import Damaged, explain_damage, hash_file, read_manifest, take_lock, write_manifest
@@ -216,7 +216,7 @@ class FolderStore:
     ) -> Found:
         """The best of the ``wanted`` passages whose bits differ least from those of the query (D,), ties included."""
         bits = pack_signs(query[None])[:, 0]
-        distances = [segment.count_different(bits, segment.allow(where)) for segment in segments]
+        distances = [count_different(segment.bits, bits, segment.allow(where)) for segment in segments]
         radius = find_radius(distances, wanted) if segments else 0
         hits = []
         for segment, own in zip(segments, distances, strict=True):
@@ -305,7 +305,7 @@ class FolderStore:
         first, second = slice(0, None, 2), slice(1, None, 2) if len(queries) > 1 else slice(None)
         times = next((own for own in OVERSAMPLES if measure(first, own) >= BITS_RECALL), OVERSAMPLES[-1])
         measured = {"oversample": times, "recall@10": round(measure(second, times), 4), "queries": len(queries)}
-        self.update_info(bits={**measured, "generation": self._manifest["generation"]})
+        self.update_info(bits={**measured, "aim": BITS_RECALL, "generation": self._manifest["generation"]})
 
     @property
     def bits(self) -> dict[str, Any]:

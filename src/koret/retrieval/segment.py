@@ -25,7 +25,7 @@ import pyarrow as pa
 import torch
 
 from koret.data.tables import make_array
-from koret.retrieval.bits import count_different, pack_signs
+from koret.retrieval.bits import pack_signs
 from koret.retrieval.exact import TopK, multiply
 from koret.retrieval.postings import Postings, hash_text
 from koret.retrieval.store import Condition, Entry
@@ -167,10 +167,6 @@ class Segment:
             else:
                 rough = multiply(best.queries, self.codes[chosen].astype(np.float32)) * self.scale[chosen]
                 best.add_scored(rough, rows, _LONGEST, self.error, lambda i, rows=rows: self.vectors[rows[i]])
-
-    def count_different(self, query: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
-        """How far each row lies from the bits of a query (W,): ``bits.count_different``."""
-        return count_different(self.bits, query, allowed)
 
     def search_rows(self, best: TopK, rows: np.ndarray) -> None:
         """Add the given rows, ascending, to ``best``."""
