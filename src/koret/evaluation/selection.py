@@ -61,11 +61,13 @@ def select_questions(
 
     ``trained`` are the runs the models come from, ``training_data`` what the first was trained on when that is another
     data set. ``auto`` asks what the runs trained on ``dataset`` held out (all of them, when there are several), else
-    every question. ``held-out`` without such a run uses the default split. Raises ValueError for an unknown split, or
-    when the runs held out no article in common.
+    every question. ``held-out`` without such a run uses the default split. Raises ValueError for an unknown split,
+    ``max_queries`` below 1, or when the runs held out no article in common.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if max_queries is not None and max_queries < 1:
+        raise ValueError(f"--max-queries must be at least 1, not {max_queries}")
     own = [TrainingConfig(**run.config) for run in trained if run.data.get("fingerprint") == dataset.fingerprint]
     settings = own[0] if own else TrainingConfig()
     everything = np.arange(dataset.articles.num_rows)

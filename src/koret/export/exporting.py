@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def export_model(
     left, unless ``keep_failed`` (as ``OUT.failed``); ValueError, FileNotFoundError or RuntimeError in words.
     """
     kind = _check_request(to, int8, dims, lora_strength)
+    _check_limits(limit_ndcg, limit_cosine)
     conversion.require_packages(kind)
     trained = find_runs(model)
     if (lora_strength is not None or extra) and not trained:
@@ -178,6 +180,8 @@ def read_corpus(
     if str(source).endswith(".txt"):
         try:
             lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no such file or folder: {source}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
         passages, questions = [line.strip() for line in lines if line.strip()], []
@@ -202,6 +206,13 @@ def _check_request(to: str, int8: bool, dims: int | None, strength: float | None
     if strength is not None and not 0 <= strength <= 1:
         raise ValueError(f"--lora-strength must lie between 0 (the base) and 1 (the tuned model), not {strength}")
     return f"{to}-int8" if int8 else to
+
+
+def _check_limits(ndcg: float | None, cosine: float | None) -> None:
+    if ndcg is not None and not 0 <= ndcg < math.inf:
+        raise ValueError(f"--limit-ndcg must be a number from 0 on, not {ndcg}")
+    if cosine is not None and not -1 <= cosine <= 1:
+        raise ValueError(f"--limit-cosine must lie between -1 and 1, not {cosine}")
 
 
 def _choose_folder(
