@@ -6,8 +6,9 @@ Two models (the offline base twice, once with its prefixes exchanged, so that ev
 hybrid; passages and questions drawn from the words of the embedded sample, every question different. The passages'
 vectors are drawn at random (how long a search takes does not depend on them), the questions are really encoded. Users
 are a process of their own. ``back to back`` users ask the next question as soon as one is answered, the hardest case;
-``reading`` users look at an answer for a second. ``start`` is `koret web` from the
-command to its first answer, with its vectors kept.
+``reading`` users look at an answer for a second. The page is started twice: with questions encoded in float32, its
+default, and with ``--precision auto``. ``start`` is `koret web` from the command to its first answer, with its vectors
+kept.
 Writes results/web_load.json.
 """
 
@@ -24,13 +25,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE = Path(__file__).resolve().parents[1] / "src/koret/data/sample/korquad2.1_sample.json"
-COLUMNS = {"all four columns": ["m0", "m1", "bm25", "hybrid"], "one model": ["m1"], "BM25": ["bm25"]}
+BOTH = ("fp32", "auto")
+CASES = (  # name, columns asked for, precisions of the server
+    ("all four columns, {}", ["m0", "m1", "bm25", "hybrid"], BOTH),
+    ("one model, {}", ["m1"], BOTH),
+    ("BM25", ["bm25"], ("fp32",)),
+)
 
 
 def draw_words(seed: int) -> tuple[random.Random, list[str]]:
@@ -50,10 +58,11 @@ def write_corpus(folder: Path, passages: int) -> Path:
     return path
 
 
-def start_server(folder: Path, data: Path) -> tuple[subprocess.Popen, str, float]:
+def start_server(folder: Path, data: Path, precision: str = "fp32") -> tuple[subprocess.Popen, str, float]:
     """`koret web` as a user starts it; its address, and the seconds until it answers."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "koret.cli", "web", "offline", str(folder / "other"), "--dataset-root", str(data)]
+    command += ["--precision", precision]
     environment = {**os.environ, "KORET_CACHE": str(folder / "cache")}
     process = subprocess.Popen(
         [*command, "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
@@ -67,27 +76,59 @@ def start_server(folder: Path, data: Path) -> tuple[subprocess.Popen, str, float
     raise RuntimeError("koret web did not start")
 
 
+class User:
+    """A browser's open connection: it has the page and asks it one question after another.
+
+    Bare streams, for the users share the server's two cores and a whole HTTP client would take a fifth of them.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> None:
+        self._reader, self._writer, self._host = reader, writer, host
+
+    @classmethod
+    async def open(cls, address: str) -> User:
+        host = urlsplit(address)
+        user = cls(*await asyncio.open_connection(host.hostname, host.port), host.netloc)
+        await user._send("GET / HTTP/1.1")
+        return user
+
+    async def ask(self, query: str, columns: list[str]) -> dict:
+        body = json.dumps({"query": query, "columns": columns, "k": 10}).encode()
+        head = f"POST /api/search HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        return json.loads(await self._send(head, body))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    async def _send(self, head: str, body: bytes = b"") -> bytes:
+        """The body of the answer. Raises RuntimeError where it is not a good one."""
+        self._writer.write(f"{head}\r\nHost: {self._host}\r\n\r\n".encode() + body)
+        header = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        content = await self._reader.readexactly(int(re.search(r"(?i)content-length: (\d+)", header)[1]))
+        if not header.startswith("HTTP/1.1 200 "):
+            raise RuntimeError(f"{header.splitlines()[0]}: {content[:200]!r}")
+        return content
+
+
 async def ask_for(address: str, users: int, seconds: float, columns: list[str], pause: float) -> list[float]:
     """Milliseconds of every answer to ``users`` that ask for ``seconds``."""
-    import httpx
-
     rng, words = draw_words(os.getpid())
     taken: list[float] = []
+    opened = [await User.open(address) for _ in range(users)]
     until = time.perf_counter() + seconds
 
-    async def use(client: httpx.AsyncClient) -> None:
+    async def use(user: User) -> None:
         await asyncio.sleep(rng.random() * max(pause, 0.1))
         while time.perf_counter() < until:
             query = " ".join(rng.sample(words, rng.randint(4, 9))) + "?"
             began = time.perf_counter()
-            answer = await client.post("/api/search", json={"query": query, "columns": columns, "k": 10})
+            answer = await user.ask(query, columns)
             taken.append(1000 * (time.perf_counter() - began))
-            assert answer.status_code == 200 and answer.json()["query"] == query, answer.text[:200]
+            assert answer["query"] == query, answer["query"]
             await asyncio.sleep(pause * rng.uniform(0.5, 1.5))
+        user.close()
 
-    limits = httpx.Limits(max_connections=users, max_keepalive_connections=users)
-    async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
-        await asyncio.gather(*(use(client) for _ in range(users)))
+    await asyncio.gather(*map(use, opened))
     return taken
 
 
@@ -103,6 +144,16 @@ def measure(address: str, users: int, seconds: float, columns: list[str], pause:
         "p99_ms": round(float(p99), 1),
         "max_ms": round(float(taken.max()), 1),
     }
+
+
+def measure_kinds(address: str, name: str, columns: list[str], options: argparse.Namespace) -> Iterator[dict]:
+    """One user, many back to back, and many who read."""
+    for users, pause in ((1, 0.0), (options.users, 0.0), (options.users, 1.0)):
+        found = measure(address, users, options.seconds, columns, pause)
+        kind = "reading" if pause else "back to back"
+        row = {"columns": name, "users": users, "kind": kind, **found}
+        print(row, flush=True)
+        yield row
 
 
 def save_other_model(folder: Path) -> None:
@@ -141,24 +192,22 @@ def main() -> None:
         if not (folder / "other").exists():
             save_other_model(folder / "other")
         fill_indexes(folder, data)
-        process, address, start = start_server(folder, data)
-        rows = []
-        try:
-            for name, columns in COLUMNS.items():
-                for users, pause in ((1, 0.0), (options.users, 0.0), (options.users, 1.0)):
-                    found = measure(address, users, options.seconds, columns, pause)
-                    kind = "reading" if pause else "back to back"
-                    rows.append({"columns": name, "users": users, "kind": kind, **found})
-                    print(rows[-1], flush=True)
-        finally:
-            process.terminate()
-            process.wait()
+        rows, starts = [], {}
+        for precision in BOTH:
+            process, address, starts[precision] = start_server(folder, data, precision)
+            try:
+                for name, columns, precisions in CASES:
+                    if precision in precisions:
+                        rows += measure_kinds(address, name.format(precision), columns, options)
+            finally:
+                process.terminate()
+                process.wait()
     record = {
         "passages": options.passages,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "load_average_at_end": round(os.getloadavg()[0], 2),
-        "start_s": round(start, 1),
+        "start_s": round(starts["fp32"], 1),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)

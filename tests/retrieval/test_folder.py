@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from koret.retrieval import folder as folder_module
+from koret.retrieval import segment as segment_module
 from koret.retrieval.folder import Damaged, FolderStore
 from koret.retrieval.lexical import LexicalIndex
 from koret.retrieval.store import Entry, parse_condition
@@ -330,3 +332,21 @@ def test_a_killed_writer_loses_nothing_acknowledged_and_half_writes_nothing(tmp_
     store.add(make_entries(1, first=999), make_vectors(3))  # the next writer cleans up
     named = {r["name"] for r in json.loads((tmp_path / "i" / "manifest.json").read_bytes())["manifest"]["segments"]}
     assert {p.name for p in (tmp_path / "i" / "segments").iterdir()} == named
+
+
+def test_results_read_again_are_the_same_and_nobody_can_change_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_module, "RECENT", 40)
+    entries, vectors = make_entries(60), make_vectors(180)
+    expected = {entry.id: entry for entry in entries}
+    make_store(tmp_path / "index", lexical=("whitespace",)).add(entries, vectors)
+    store = FolderStore.open(tmp_path / "index")
+
+    def search_often(seed: int) -> None:
+        for query in make_vectors(40, seed):
+            for found in (store.search(query[None], 15)[0], store.search_lexical(["서울 김치"], 15)[0]):
+                assert all(entry == expected[entry.id] for entry, _ in found)
+                assert len(store._segments[0]._recent) <= 40 + 3 * 15  # threads that fill it at the same moment
+                found[0][0].metadata.clear()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(search_often, range(4)))

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from koret.commands.serve import name_model, read_key
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.retrieval.inference import E5KorQuADInference
+from koret.retrieval.probe import probe_encoder
 from koret.serving import server
 from koret.serving.app import Service, make_app
 from koret.serving.requests import MOST_CHARACTERS, MOST_TEXTS
@@ -346,11 +347,11 @@ def test_vectors_that_are_not_finite_are_an_error_never_nan(encoder, monkeypatch
 
 
 def test_a_fast_path_that_disagrees_is_not_served(encoder, monkeypatch):
-    assert server.probe_encoder(encoder) > 0.99999
+    assert probe_encoder(encoder) > 0.99999
     plain = encoder.encode_ids
     monkeypatch.setattr(encoder, "encode_ids", lambda ids, **options: np.roll(plain(ids), 1, axis=1))
-    with pytest.raises(RuntimeError, match="is not served"):
-        server.probe_encoder(encoder)
+    with pytest.raises(RuntimeError, match="is not used"):
+        probe_encoder(encoder)
 
 
 # ---- the command

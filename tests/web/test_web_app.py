@@ -167,6 +167,25 @@ def test_a_saved_index_opens_with_its_own_model(log_dir, tmp_path):
         open_page(["a", "b"], [str(tmp_path / "index")])
 
 
+def test_questions_in_another_precision_meet_the_same_passages(log_dir, opened, monkeypatch):
+    from koret.retrieval import probe
+    from koret.web.opening import open_page
+
+    page = open_page(log_dir=log_dir, precision="bf16")
+    assert page.desk.precisions == ["bf16", "bf16"] and opened.desk.precisions == ["fp32", "fp32"]
+    query = opened.desk.questions.pick_examples()[0]
+    for half, full in zip(page.desk._models, opened.desk._models, strict=True):
+        (vector,), (exact,) = (model.encoder.encode([query], "query") for model in (half, full))
+        assert 0.99 < float(vector @ exact) < 1 - 1e-7
+        own, found = half.worker.ask(query).result(), half.index.search_vectors(vector[None], 50)[0]
+        assert [(hit.entry.id, hit.score) for hit in own] == [(hit.entry.id, hit.score) for hit in found]
+        assert half.index.encoder.precision == "fp32"
+    page.close()
+    monkeypatch.setitem(probe.LEAST_COSINE, "bf16", 1.1)
+    with pytest.raises(RuntimeError, match="is not used: its vectors in bf16 agree"):
+        open_page(log_dir=log_dir, precision="bf16")
+
+
 def test_without_a_run_the_way_on_is_named(tmp_path):
     from koret.web.opening import open_page
 

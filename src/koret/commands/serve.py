@@ -52,15 +52,17 @@ def serve_model(options: argparse.Namespace) -> None:
 
     with listening.bind(options.host, options.port) as own:  # before the model: a taken port is known at once
         from koret.retrieval.encoder import load_encoder
+        from koret.retrieval.probe import probe_encoder
         from koret.serving import app as serving
         from koret.serving import server
 
         encoder = load_encoder(options.model, device=options.device, precision=options.precision)
-        agreement = server.probe_encoder(encoder)
+        agreement = probe_encoder(encoder)
         service = serving.Service(encoder, options.served_name or name_model(options.model), options.max_queue)
         public = options.host not in LOOPBACK
         names = (options.host, *options.allow_host, *((socket.gethostname(),) if public else ()))
         app = serving.make_app(service, hosts=names, open_to_network=public, key=key)
+        listening.make_ready(own)
         print(
             f"{service.name}: {encoder.dimensions} dimensions, {encoder.max_seq_length} tokens, {encoder.precision} on "
             f"{encoder.device}, {encoder.path}; agrees with plain sentence-transformers to cosine {agreement:.6f} "

@@ -24,6 +24,10 @@ def add_web(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", type=int, default=8000)
     command.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="answer to this name too")
     command.add_argument("--top-k", type=int, default=10, metavar="K", help="passages a column (default 10)")
+    command.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16", "auto"], default="fp32",
+        help="of the questions' encoding: fp32 (default) gives what koret evaluates with; auto what is faster here",
+    )  # fmt: skip
     command.add_argument("--log-dir", default="./logs/tensorboard", metavar="DIR", help="where runs are looked for")
 
 
@@ -41,10 +45,14 @@ def show_page(options: argparse.Namespace) -> None:
         from koret.web.app import make_app
         from koret.web.opening import open_page
 
-        opened = open_page(options.models, options.index, options.dataset_root, log_dir=options.log_dir, say=_say)
+        opened = open_page(
+            options.models, options.index, options.dataset_root, log_dir=options.log_dir, precision=options.precision,
+            say=_say,
+        )  # fmt: skip
         public = options.host not in LOOPBACK
         names = (options.host, *options.allow_host, *((socket.gethostname(),) if public else ()))
         app = make_app(opened, top_k=options.top_k, hosts=names, open_to_network=public)
+        server.make_ready(own)
         _say_where(options, own.getsockname()[1], opened, time.perf_counter() - began)
         server.Server(app).serve_until_stopped(own)
         opened.close()
@@ -54,7 +62,9 @@ def show_page(options: argparse.Namespace) -> None:
 def _say_where(options: argparse.Namespace, port: int, opened, seconds: float) -> None:
     desk = opened.desk
     names = ", ".join(column.name for column in desk.columns)
-    _say(f"{names} over {desk.passages:,} passages of {desk.corpus} (ready in {seconds:.1f} s)")
+    other = ", ".join(sorted({*desk.precisions} - {"fp32"}))
+    encoded = other and f", questions in {other}"
+    _say(f"{names} over {desk.passages:,} passages of {desk.corpus}{encoded} (ready in {seconds:.1f} s)")
     everywhere = options.host in ("0.0.0.0", "::")
     own = "localhost" if options.host in LOOPBACK or everywhere else options.host
     _say(f"  on this machine  http://{own}:{port}")

@@ -86,6 +86,17 @@ class TextEncoder:
     def max_seq_length(self) -> int:
         return int(self.model.max_seq_length)
 
+    def with_precision(self, precision: str) -> TextEncoder:
+        """The same model, its weights shared, computing in another precision ('auto': as in ``load_encoder``)."""
+        return TextEncoder(
+            self.model,
+            name=self.name,
+            precision=choose_precision(str(self.device)) if precision == "auto" else precision,
+            query_prefix=self.prefixes["query"],
+            passage_prefix=self.prefixes["passage"],
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
     @property
     def path(self) -> str:
         """In words, which forward runs."""

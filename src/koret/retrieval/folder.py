@@ -516,5 +516,5 @@ def _rank(hits: list[tuple], k: int) -> Found:
     rows: dict[Segment, list[int]] = {}
     for _, _, segment, row in best:
         rows.setdefault(segment, []).append(row)
-    entries = {segment: iter(segment.read_entries(np.array(own))) for segment, own in rows.items()}
+    entries = {segment: iter(segment.read_results(own)) for segment, own in rows.items()}
     return [(next(entries[segment]), score) for score, _, segment, _ in best]

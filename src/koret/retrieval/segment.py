@@ -17,7 +17,7 @@ that may miss some of the exact one. How many rows are scored is settled by meas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from koret.retrieval.store import Condition, Entry
 DTYPES = ("float32", "float16", "int8", "binary")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
 CHUNK = 16384  # rows multiplied together
+RECENT = 4096  # rows whose strings are kept once they were a result: some megabytes
 WIDENED = 4096  # rows widened and multiplied together: they stay in the cache between the two
 _SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 _LONGEST = 1.01  # no stored vector is longer: unit vectors, rounded
@@ -92,6 +93,7 @@ class Segment:
         self.postings = {name: Postings.open(folder, name) for name in tokenizers}
         self._masks: dict[tuple[Condition, ...], np.ndarray] = {}
         self._wide: np.ndarray | None = None
+        self._recent: dict[int, tuple[str, ...]] = {}
 
     @property
     def count(self) -> int:
@@ -101,15 +103,25 @@ class Segment:
         return self.read_entries(np.array([row]))[0]
 
     def read_entries(self, rows: np.ndarray) -> list[Entry]:
+        return list(map(_make_entry, self._read_strings(rows)))
+
+    def read_results(self, rows: Sequence[int]) -> list[Entry]:
+        """As ``read_entries``; the same passages come up again and again, so their strings are kept."""
+        recent = self._recent  # replaced, never emptied: another thread may be reading it
+        missing = [row for row in rows if row not in recent]
+        if missing:
+            if len(recent) + len(missing) > RECENT:
+                self._recent = recent = {row: recent[row] for row in rows if row in recent}
+            recent.update(zip(missing, self._read_strings(np.array(missing)), strict=True))
+        return [_make_entry(recent[row]) for row in rows]
+
+    def _read_strings(self, rows: np.ndarray) -> Iterator[tuple[str, ...]]:
         places = pa.array(rows, pa.int64())
-        taken = [self.columns[name].take(places).to_pylist() for name in COLUMNS]
-        return [
-            Entry(*values[:-1], {} if values[-1] == "{}" else json.loads(values[-1]))
-            for values in zip(*taken, strict=True)
-        ]
+        return zip(*(self.columns[name].take(places).to_pylist() for name in COLUMNS), strict=True)
 
     def read_id(self, row: int) -> str:
-        return self.columns["id"][row].as_py()
+        kept = self._recent.get(row)
+        return self.columns["id"][row].as_py() if kept is None else kept[0]
 
     def find_rows(self, documents: Sequence[str], hashes: np.ndarray) -> dict[str, np.ndarray]:
         """The live rows of each of the documents that has any here."""
@@ -173,6 +185,10 @@ class Segment:
         for start in range(0, len(rows), WIDENED):
             chosen = rows[start : start + WIDENED]
             best.add(_widen(self.vectors[chosen]), chosen, _LONGEST)
+
+
+def _make_entry(values: tuple[str, ...]) -> Entry:
+    return Entry(*values[:-1], {} if values[-1] == "{}" else json.loads(values[-1]))
 
 
 def _widen(vectors: np.ndarray, into: torch.Tensor | None = None) -> np.ndarray:

@@ -12,8 +12,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.index import Hit, Index
 from koret.retrieval.lexical import LexicalIndex
+from koret.retrieval.probe import probe_encoder
 from koret.retrieval.store import Entry
 from koret.web.batching import MicroBatcher
 from koret.web.questions import Questions, Unit, make_unit
@@ -33,20 +35,28 @@ class Column(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Model:
-    """A model, its passages, and the thread that encodes for it."""
+    """A model, its passages, and the thread that encodes questions for it, in a precision of its own."""
 
     column: Column
     index: Index
+    encoder: TextEncoder
     worker: MicroBatcher
 
     @classmethod
-    def start(cls, column: Column, index: Index) -> Model:
-        return cls(column, index, MicroBatcher(partial(_search_vectors, index), f"model {column.id}"))
+    def start(cls, column: Column, index: Index, precision: str) -> Model:
+        encoder = index.encoder
+        if precision != encoder.precision:
+            encoder = encoder.with_precision(precision)
+            if encoder.precision != "fp32":
+                probe_encoder(encoder)
+        return cls(
+            column, index, encoder, MicroBatcher(partial(_search_vectors, encoder, index), f"model {column.id}", 8)
+        )
 
 
-def _search_vectors(index: Index, queries: list[str]) -> list[list[Hit]]:
+def _search_vectors(encoder: TextEncoder, index: Index, queries: list[str]) -> list[list[Hit]]:
     different = list(dict.fromkeys(queries))
-    found = index.search_vectors(index.encoder.encode(different, "query"), DEPTH)
+    found = index.search_vectors(encoder.encode(different, "query"), DEPTH)
     answers = dict(zip(different, found, strict=True))
     return [answers[query] for query in queries]
 
@@ -54,13 +64,22 @@ def _search_vectors(index: Index, queries: list[str]) -> list[list[Hit]]:
 class Desk:
     """Answers searches of many people at once. ``indexes`` are one per model, in the order of the columns.
 
-    BM25 is asked over the passages of the last one, and fused with the last model's ranking.
+    BM25 is asked over the passages of the last one, and fused with the last model's ranking. Questions are encoded in
+    ``precision``; one that is not fp32 is probed first (RuntimeError).
     """
 
-    def __init__(self, columns: Sequence[Column], indexes: Sequence[Index], questions: Questions, corpus: str) -> None:
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        indexes: Sequence[Index],
+        questions: Questions,
+        corpus: str,
+        precision: str = "fp32",
+    ) -> None:
         self.questions, self.corpus = questions, corpus
         self.passages = indexes[-1].count()
-        self._models = [Model.start(*pair) for pair in zip(columns, indexes, strict=True)]
+        self._models = [Model.start(*pair, precision) for pair in zip(columns, indexes, strict=True)]
+        self.precisions = [model.encoder.precision for model in self._models]
         last = indexes[-1]
         self._lexical: MicroBatcher[str, list[Hit]] = MicroBatcher(
             lambda queries: last.search_lexical(queries, DEPTH), "bm25"
@@ -109,7 +128,7 @@ class Desk:
         return [m for m in self._models if m.column.id in wanted or (m is last and FUSED in wanted)]
 
     async def _rank_dense(self, model: Model, query: str, entries: list[Entry]) -> list[Hit]:
-        encode = model.index.encoder.encode
+        encode = model.encoder.encode
         jobs = [model.worker.run(partial(encode, [query], "query"))]
         jobs += [model.worker.run(partial(encode, piece, "passage")) for piece in _cut([e.text for e in entries])]
         vector, *pieces = await asyncio.gather(*map(_wrap, jobs))

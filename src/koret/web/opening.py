@@ -53,13 +53,15 @@ def open_page(
     *,
     log_dir: str | Path = "./logs/tensorboard",
     cache_dir: str | Path | None = None,
+    precision: str = "fp32",
     say: Callable[[str], None] = lambda text: None,
 ) -> Opened:
     """Load models and passages. ``say`` is told what takes long.
 
     No model and no index: the newest finished run and its base, over the passages of the run's data. Vectors are kept
     in ``cache_dir``, so the next start only opens them. Indexes are searched as they are; models named with them are
-    their encoders, in order. Raises ValueError or FileNotFoundError in words.
+    their encoders, in order. Passages are encoded in float32, questions in ``precision``. Raises ValueError,
+    FileNotFoundError or RuntimeError in words.
     """
     if indexes:
         opened = _open_indexes(indexes, models)
@@ -87,7 +89,8 @@ def open_page(
     task = evaluated.task if evaluated else None
     questions = take_questions(evaluated.dataset, task) if task else Questions()
     corpus = Path(str(indexes[-1])).name if indexes else Path(str(evaluated.dataset.report.get("root", ""))).name
-    return Opened(Desk(_name_columns(encoders, trained), opened, questions, corpus), report)
+    desk = Desk(_name_columns(encoders, trained), opened, questions, corpus, precision)
+    return Opened(desk, report)
 
 
 def keep_index(
