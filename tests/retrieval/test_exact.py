@@ -4,8 +4,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
-from koret.retrieval.exact import find_top_k, multiply, rank_scores
+from koret.retrieval.exact import WAYS, find_top_k, multiply, rank_scores
 
 
 def _vectors(count, seed, dimensions=48):
@@ -43,6 +44,16 @@ def test_products_are_those_of_every_pair(count, size):
     products = multiply(queries, block)
     assert products.shape == (count, size) and products.flags.c_contiguous
     assert products == pytest.approx(queries.astype(np.float64) @ block.T.astype(np.float64), abs=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("count,size", [(1, 8), (1, 4099), (5, 64), (64, 4100)])
+def test_every_way_of_multiplying_gives_the_same_products(way, count, size):
+    queries, block = _vectors(count, 1), _vectors(size, 2)
+    products = way(torch.from_numpy(queries), torch.from_numpy(block)).numpy()
+    assert products.shape == (count, size) and products.flags.c_contiguous
+    assert products == pytest.approx(queries.astype(np.float64) @ block.T.astype(np.float64), abs=1e-6)
+    assert multiply(queries, block) == pytest.approx(products, abs=1e-6)
 
 
 def test_duplicates_come_in_corpus_order(corpus):

@@ -5,12 +5,15 @@ Letters: Q queries, N corpus rows, D dimensions, K results.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-_FEW, _PIECES = 64, 8  # queries multiplied with a block in so many pieces
+_FEW, _PIECES = 64, 8  # queries that may be multiplied with a block in so many pieces
+_TIMED = 4096  # rows of a block that it takes to see which way is faster
 _NUMBERS_AT_ONCE = 1 << 19  # float64 numbers gathered together: they stay in the cache
 
 
@@ -54,20 +57,64 @@ def multiply(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
     """The dot products (Q, B) of float32 vectors (Q, D) and (B, D), on torch's threads.
 
     NumPy's library keeps threads of its own, and two pools that take turns wait for each other: with both, a search
-    took eight times as long as with one. Few queries are multiplied with pieces of the block as a batch of products:
-    as one product, torch's library takes one thread and packs the whole block first.
+    took eight times as long as with one. Few queries are multiplied in the way that is fastest here (``WAYS``).
     """
     block = block if block.flags.writeable else block.copy()  # torch takes no arrays that are only to be read
     # A copy has ordinary strides; of a lone row NumPy lets them be anything, and torch then takes a slow path
     left, right = torch.from_numpy(queries.copy()), torch.from_numpy(block)
-    if not 0 < len(left) <= _FEW or len(right) < _PIECES:
-        return (left @ right.T).numpy()
-    even = len(right) // _PIECES * _PIECES
-    pieces = right[:even].reshape(_PIECES, -1, right.shape[1])
-    products = torch.bmm(pieces, left.T.expand(_PIECES, -1, -1)).reshape(even, len(left))
-    if even < len(right):
-        products = torch.cat([products, right[even:] @ left.T])
-    return products.T.contiguous().numpy()
+    few = 0 < len(left) <= _FEW and len(right) >= _PIECES
+    way = _choose_way(left, right) if few else _multiply_whole
+    return way(left, right).numpy()
+
+
+Way = Callable[[Tensor, Tensor], Tensor]  # (Q, D) and (B, D) -> (Q, B)
+
+
+def _multiply_whole(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right.T
+
+
+def _multiply_from_left(left: Tensor, right: Tensor) -> Tensor:
+    """The block in pieces, as a batch of products with the queries on the left."""
+    pieces, rest = _cut_pieces(right)
+    products = torch.bmm(left.expand(_PIECES, -1, -1), pieces.transpose(1, 2)).transpose(0, 1).reshape(len(left), -1)
+    return torch.cat([products, left @ rest.T], dim=1) if len(rest) else products
+
+
+def _multiply_from_right(left: Tensor, right: Tensor) -> Tensor:
+    """The block in pieces, as a batch of products with the queries on the right."""
+    pieces, rest = _cut_pieces(right)
+    products = torch.bmm(pieces, left.T.expand(_PIECES, -1, -1)).reshape(-1, len(left))
+    return (torch.cat([products, rest @ left.T]) if len(rest) else products).T.contiguous()
+
+
+def _cut_pieces(block: Tensor) -> tuple[Tensor, Tensor]:
+    """(_PIECES, B // _PIECES, D), and the rows left over."""
+    even = len(block) // _PIECES * _PIECES
+    return block[:even].reshape(_PIECES, -1, block.shape[1]), block[even:]
+
+
+WAYS: tuple[Way, ...] = (_multiply_whole, _multiply_from_left, _multiply_from_right)
+_chosen: dict[tuple[int, int], Way] = {}  # by how many queries, as a power of two, and threads
+
+
+def _choose_way(left: Tensor, right: Tensor) -> Way:
+    """Times all ways once, in turns. They take up to three times as long as each other, and which is fastest depends
+    on the processor: for a lone query torch's library takes one thread and packs the block first on some, on others
+    pieces are what it is slow with.
+    """
+    key = len(left).bit_length(), torch.get_num_threads()
+    if key not in _chosen:
+        if len(right) < _TIMED:
+            return _multiply_from_right
+        best = dict.fromkeys(WAYS, float("inf"))
+        for _ in range(3):
+            for way in WAYS:
+                began = time.perf_counter()
+                way(left, right)
+                best[way] = min(best[way], time.perf_counter() - began)
+        _chosen[key] = min(best, key=lambda way: best[way])
+    return _chosen[key]
 
 
 class TopK:
