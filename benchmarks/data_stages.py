@@ -43,7 +43,7 @@ def list_stages(path: Path, scratch: Path) -> dict[str, Callable[[], object]]:
 
     def place() -> None:
         for row in rows:
-            row._normal = None
+            row._folded = None
             list(row.place_questions())
 
     return {

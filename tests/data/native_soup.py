@@ -47,6 +47,37 @@ def make_soup(rng: random.Random) -> str:
     return "".join(rng.choice(TOKENS if tokens and rng.random() < 0.2 else pieces) for _ in range(rng.randint(0, 40)))
 
 
+LINES = [
+    "",
+    "",
+    " ",
+    "## 절",
+    "###### 소절",
+    "####### x",
+    "##  \tx",
+    "# x",
+    "##",
+    "가 | 나 | 다",
+    "- 하나 | 둘 | 셋",
+    "| | ",
+    "-",
+]
+LINES += [
+    "1 | 2",
+    " 3 | 4 | 5 | 6 ",
+    "문장이다. 또 문장이다.",
+    "\u3000들여 쓴 줄\x1f",
+    "\x85",
+    "e\u0301 | \U0001f600 | \ud800",
+    "a\rb",
+]
+
+
+def make_page(rng: random.Random) -> str:
+    """Lines as clean text has them, and some that it never has."""
+    return "\n".join(rng.choice(LINES) * rng.choice([1, 1, 1, 9]) for _ in range(rng.randint(0, 40)))
+
+
 def mutate(rng: random.Random, page: str) -> str:
     """A stretch of a page with some characters lost, doubled or replaced by a piece."""
     start = rng.randrange(len(page))

@@ -4,15 +4,16 @@ import json
 import random
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import native_soup
 import pytest
 
-from koret.data import markup, native, regions
+from koret.data import keys, markup, native, passages, prepare, regions
+from koret.data.sources import find_sources
 
-USERS = (markup, regions)
+USERS = (keys, markup, passages, prepare, regions)
 needs_extension = pytest.mark.skipif(native.scan is None, reason="koret.data._scan is not built, or switched off")
 SAMPLE = Path("src/koret/data/sample/korquad2.1_sample.json")
 
@@ -52,7 +53,26 @@ class TestSameResults:
             compiled, plain = both(markup.clean_page, text, native_soup.cut_points(rng, text))
             assert compiled == plain, repr(text)
 
+    def test_of_keys_and_passages(self):
+        rng = random.Random(11)
+        for _ in range(3_000):
+            text = native_soup.make_page(rng) if rng.random() < 0.5 else native_soup.make_soup(rng)
+            for is_html in (True, False):
+                cut = {"html": is_html, "budget": rng.choice([16, 40, 256]), "count_tokens": passages.estimate_tokens}
+                compiled, plain = both(lambda text=text, cut=cut: passages.split_article("제목", text, **cut))
+                assert compiled == plain, repr(text)
+            for reduce in (keys.text_key, keys.fold_text, keys.normalize_answer):
+                compiled, plain = both(reduce, text)
+                assert compiled == plain, repr(text)
+
     def test_of_every_character(self):
+        before = [chr(code) for code in (0x61, 0x3042, 0x1100, 0xAC00, 0xAC01, 0x4E00, 0x5D0, 0x915, 0x3A3, 0x130)]
+        for code in range(0x110000):
+            if native.scan.squeeze(chr(code)) or native.scan.fold(chr(code)):  # the rest is Python's anyway
+                text = "".join(f"{chr(code)}{other}{chr(code)} {chr(code)}" for other in before)
+                for reduce in (keys.text_key, keys.fold_text):
+                    compiled, plain = both(reduce, text)
+                    assert compiled == plain, hex(code)
         for first in range(0, 0x110000, 0x1000):
             text = "".join(f"가{chr(code)}<b>{chr(code)} </b>{chr(code)}나" for code in range(first, first + 0x1000))
             compiled, plain = both(markup.clean_page, text)
@@ -64,6 +84,21 @@ class TestSameResults:
         for tag in [*tags, *map(str.upper, tags)]:
             compiled, plain = both(markup.clean_page, f"<h2>가</h2>나{tag}다{tag}{tag}라")
             assert compiled == plain, tag
+
+
+@needs_extension
+@pytest.mark.parametrize("name", [None, "KorQuAD_v1.0_dev.json", "korquad2_real_articles.json"])
+def test_prepared_data_is_the_same(name, request, tmp_path):
+    path = request.getfixturevalue("shared_data") / name if name else SAMPLE
+    prepared = []
+    for number in range(2):
+        with plain_python() if number else nullcontext():
+            settings = prepare.Settings(page_tokens=64, overlap=0.1)
+            report = prepare.prepare_source(find_sources(path)[0][0], settings, tmp_path, number)
+        report.seconds = 0.0
+        shards = [prepare.shard_path(tmp_path, number, table).read_bytes() for table in (*prepare.SHARDS, "rejects")]
+        prepared.append((report, shards))
+    assert prepared[0] == prepared[1]
 
 
 def test_the_variable_chooses_python():

@@ -861,6 +861,212 @@ find_opening(PyObject *module, PyObject *args)
     return PyLong_FromLong(-1);
 }
 
+/* ---- keys: texts reduced to what they are compared by; None where that takes more than these tables */
+
+PyDoc_STRVAR(squeeze_doc,
+"squeeze(text) -> bytes | None\n\nUTF-8 of the text in NFC with one space for every run of white space.");
+
+static PyObject *
+squeeze(PyObject *module, PyObject *source)
+{
+    Text text;
+    if (open_text(source, &text) < 0)
+        return NULL;
+    if (text.length > PY_SSIZE_T_MAX / 3)
+        return PyErr_NoMemory();
+    PyObject *result = PyBytes_FromStringAndSize(NULL, 3 * text.length);
+    if (!result)
+        return NULL;
+    char *start = PyBytes_AS_STRING(result), *out = start;
+    int space = 0;
+    for (Py_ssize_t i = 0; i < text.length; i++) {
+        Py_UCS4 c = at(&text, i);
+        if (Py_UNICODE_ISSPACE(c)) {
+            space = out > start;
+            continue;
+        }
+        if (!is_composed(c)) {
+            Py_DECREF(result);
+            Py_RETURN_NONE;
+        }
+        if (space)
+            *out++ = ' ';
+        space = 0;
+        if (c < 0x80) {
+            *out++ = (char)c;
+        }
+        else if (c < 0x800) {
+            *out++ = (char)(0xc0 | c >> 6);
+            *out++ = (char)(0x80 | (c & 63));
+        }
+        else { /* composed ones are below 0x10000 */
+            *out++ = (char)(0xe0 | c >> 12);
+            *out++ = (char)(0x80 | (c >> 6 & 63));
+            *out++ = (char)(0x80 | (c & 63));
+        }
+    }
+    _PyBytes_Resize(&result, out - start);
+    return result;
+}
+
+/* The lower case of a character that NFKC leaves alone and that never combines; 0 for every other one. */
+static inline Py_UCS4
+lower_plain(Py_UCS4 c)
+{
+    if (c < 0x80)
+        return c >= 'A' && c <= 'Z' ? c | 32 : c;
+    if (c >= 0xc0 && c <= 0xff)
+        return c <= 0xde && c != 0xd7 ? c | 32 : c;
+    int plain = (c >= 0xac00 && c <= 0xd7a3) || (c >= 0x4e00 && c <= 0x9fa5) || (c >= 0x2018 && c <= 0x2023) ||
+                (c >= 0x2012 && c <= 0x2016) || (c >= 0x3001 && c <= 0x301b) || (c >= 0x3041 && c <= 0x3094) ||
+                (c >= 0x30a0 && c <= 0x30fe) || (c >= 0x2190 && c <= 0x21ff) || (c >= 0x2500 && c <= 0x26ff) ||
+                c == 0xb7;
+    return plain ? c : 0;
+}
+
+PyDoc_STRVAR(fold_doc, "fold(text) -> str | None\n\nkeys.fold_text: NFKC, lower case, no white space.");
+
+static PyObject *
+fold(PyObject *module, PyObject *source)
+{
+    Text text;
+    Buffer folded = {0};
+    if (open_text(source, &text) < 0 || reserve(&folded, text.length) < 0)
+        return NULL;
+    PyObject *result = NULL;
+    for (Py_ssize_t i = 0; i < text.length; i++) {
+        Py_UCS4 c = at(&text, i);
+        if (Py_UNICODE_ISSPACE(c) && c < 0x80)
+            continue;
+        c = lower_plain(c);
+        if (!c) {
+            result = Py_None;
+            Py_INCREF(result);
+            break;
+        }
+        put(&folded, c);
+    }
+    if (!result)
+        result = PyUnicode_FromKindAndData(PyUnicode_4BYTE_KIND, folded.data, folded.length);
+    PyMem_Free(folded.data);
+    return result;
+}
+
+/* ---- lines of clean text */
+
+typedef struct {
+    Py_ssize_t start, end, cells;
+    Py_ssize_t header; /* how many lines above the one that names the columns is; 0: there is none */
+    int level;
+} Line;
+
+static Py_ssize_t
+count_cells(const Text *text, const Line *line) /* of a table row; 0 for a list item */
+{
+    if (past(text, line->start, text->length, "- ") >= 0)
+        return 0;
+    Py_ssize_t cells = 1;
+    for (Py_ssize_t i = line->start; i + 2 < line->end; i++) {
+        if (at(text, i) == ' ' && at(text, i + 1) == '|' && at(text, i + 2) == ' ') {
+            cells++;
+            i += 2;
+        }
+    }
+    return cells;
+}
+
+static int
+find_level(const Text *text, const Line *line) /* passages._HEADING */
+{
+    Py_ssize_t i = line->start, first;
+    while (i < line->end && at(text, i) == '#')
+        i++;
+    Py_ssize_t level = i - line->start;
+    for (first = i; i < line->end && at(text, i) == ' ';)
+        i++;
+    int is_heading = level >= 2 && level <= 6 && i > first && i < line->end && !Py_UNICODE_ISSPACE(at(text, i));
+    return is_heading ? (int)level : 0;
+}
+
+static void
+mark_header(Line *lines, Py_ssize_t count) /* passages._mark_table */
+{
+    Py_ssize_t header = 0;
+    for (Py_ssize_t i = 1; i < count; i++)
+        if (lines[i].cells > lines[header].cells)
+            header = i;
+    if (count && lines[header].cells >= 3)
+        for (Py_ssize_t i = header + 1; i < count; i++)
+            lines[i].header = i - header;
+}
+
+PyDoc_STRVAR(read_lines_doc,
+"read_lines(text, html) -> ([(start, end, level, header)], [line])\n\n"
+"The lines that are not blank, without white space at their ends; header counts back to the line that names the\n"
+"columns of its table, 0: none.");
+
+static PyObject *
+read_lines(PyObject *module, PyObject *args)
+{
+    PyObject *source, *result = NULL;
+    int html;
+    Text text;
+    if (!PyArg_ParseTuple(args, "Up", &source, &html) || open_text(source, &text) < 0)
+        return NULL;
+    Line *lines = NULL;
+    Py_ssize_t count = 0, room = 0, first = 0; /* the open block starts at lines[first] */
+    for (Py_ssize_t start = 0; start <= text.length;) {
+        Line line = {.start = start};
+        Py_ssize_t stop = start;
+        while (stop < text.length && at(&text, stop) != '\n')
+            stop++;
+        start = stop + 1;
+        line.end = stop;
+        while (line.start < line.end && Py_UNICODE_ISSPACE(at(&text, line.start)))
+            line.start++;
+        while (line.start < line.end && Py_UNICODE_ISSPACE(at(&text, line.end - 1)))
+            line.end--;
+        if (line.start == line.end) {
+            mark_header(lines + first, count - first);
+            first = count;
+            continue;
+        }
+        if (html) {
+            line.level = find_level(&text, &line);
+            line.cells = count_cells(&text, &line);
+        }
+        if (count == room) {
+            room = 2 * room + 64;
+            Line *grown = lines;
+            PyMem_Resize(grown, Line, (size_t)room); /* NULL for sizes that overflow, too */
+            if (!grown) {
+                PyErr_NoMemory();
+                goto done;
+            }
+            lines = grown;
+        }
+        lines[count++] = line;
+    }
+    mark_header(lines + first, count - first);
+    PyObject *places = PyList_New(count), *texts = PyList_New(count);
+    int failed = !places || !texts;
+    for (Py_ssize_t i = 0; !failed && i < count; i++) {
+        Line *line = &lines[i];
+        PyObject *place = Py_BuildValue("nnin", line->start, line->end, line->level, line->header);
+        PyObject *string = PyUnicode_Substring(source, line->start, line->end);
+        failed = !place || !string;
+        PyList_SET_ITEM(places, i, place); /* a list may hold NULL until it is dropped */
+        PyList_SET_ITEM(texts, i, string);
+    }
+    if (!failed)
+        result = PyTuple_Pack(2, places, texts);
+    Py_XDECREF(places);
+    Py_XDECREF(texts);
+done:
+    PyMem_Free(lines);
+    return result;
+}
+
 /* ---- the module */
 
 static PyMethodDef methods[] = {
@@ -868,6 +1074,9 @@ static PyMethodDef methods[] = {
     {"join_marks", join_marks, METH_VARARGS, join_marks_doc},
     {"inspect", inspect, METH_O, inspect_doc},
     {"find_opening", find_opening, METH_VARARGS, find_opening_doc},
+    {"squeeze", squeeze, METH_O, squeeze_doc},
+    {"fold", fold, METH_O, fold_doc},
+    {"read_lines", read_lines, METH_VARARGS, read_lines_doc},
     {NULL, NULL, 0, NULL},
 };
 
