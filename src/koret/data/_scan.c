@@ -22,6 +22,23 @@ at(const Text *text, Py_ssize_t i)
     return PyUnicode_READ(text->kind, text->data, i);
 }
 
+/* The loop for each width of string, s being its characters: where a switch for every one of them would cost most. */
+#define FOR_WIDTH(text, LOOP)                                      \
+    switch ((text)->kind) {                                        \
+    case PyUnicode_1BYTE_KIND: {                                   \
+        const Py_UCS1 *s = (text)->data;                           \
+        LOOP                                                       \
+    } break;                                                       \
+    case PyUnicode_2BYTE_KIND: {                                   \
+        const Py_UCS2 *s = (text)->data;                           \
+        LOOP                                                       \
+    } break;                                                       \
+    default: {                                                     \
+        const Py_UCS4 *s = (text)->data;                           \
+        LOOP                                                       \
+    }                                                              \
+    }
+
 static int
 open_text(PyObject *object, Text *text)
 {
@@ -90,6 +107,12 @@ put_ascii(Buffer *buffer, const char *text)
 
 enum { PARAGRAPH = 1, LINE, ITEM, ITEM_END, ROW, CELL, CELL_END, TABLE, TABLE_END = 0x0e, SLASH, INNER_CELL,
        HEADING_END, HEADING, LEVEL_1, LEVEL_6 = 0x18 };
+
+static inline int
+is_space(Py_UCS4 c) /* str.isspace; a look at the table only where there are some */
+{
+    return c < 0x80 || (c < 0x3001 && c > 0x1100) ? Py_UNICODE_ISSPACE(c) : c == 0x85 || c == 0xa0;
+}
 
 static inline int
 is_name_start(Py_UCS4 c)
@@ -248,14 +271,11 @@ past(const Text *text, Py_ssize_t i, Py_ssize_t end, const char *wanted)
 static Py_ssize_t
 past_brackets(const Text *text, Py_ssize_t i, Py_ssize_t end) /* [^<>]*> */
 {
-    for (; i < end; i++) {
-        Py_UCS4 c = at(text, i);
-        if (c == '>')
-            return i + 1;
-        if (c == '<')
-            return -1;
-    }
-    return -1;
+    FOR_WIDTH(text, {
+        while (i < end && s[i] != '<' && s[i] != '>')
+            i++;
+    })
+    return i < end && at(text, i) == '>' ? i + 1 : -1;
 }
 
 static Py_ssize_t
@@ -268,7 +288,7 @@ past_tag(const Text *text, Py_ssize_t i, Py_ssize_t end, const char *start) /* <
 static Py_ssize_t
 past_space(const Text *text, Py_ssize_t i, Py_ssize_t end) /* \s? */
 {
-    return i < end && Py_UNICODE_ISSPACE(at(text, i)) ? i + 1 : i;
+    return i < end && is_space(at(text, i)) ? i + 1 : i;
 }
 
 static Py_ssize_t
@@ -326,7 +346,7 @@ past_inline(const Text *text, Py_ssize_t i, Py_ssize_t end) /* </?(?:[abi]|span)
         return -1;
     if (at(text, name) == '>')
         return name + 1;
-    return Py_UNICODE_ISSPACE(at(text, name)) ? past_brackets(text, name, end) : -1;
+    return is_space(at(text, name)) ? past_brackets(text, name, end) : -1;
 }
 
 static Py_ssize_t
@@ -447,6 +467,14 @@ mark_stretch(PyObject *source, const Text *text, Py_ssize_t i, Py_ssize_t end, P
     if (reserve(marked, end - i) < 0) /* no tag is shorter than its mark */
         return -1;
     while (i < end) {
+        Py_UCS4 *out = marked->data + marked->length;
+        FOR_WIDTH(text, {
+            for (; i < end && s[i] != '<' && s[i] != '&'; i++)
+                *out++ = s[i];
+        })
+        marked->length = out - marked->data;
+        if (i == end)
+            break;
         Py_UCS4 c = at(text, i);
         Py_ssize_t stop = -1;
         if (c == '<') {
@@ -455,7 +483,7 @@ mark_stretch(PyObject *source, const Text *text, Py_ssize_t i, Py_ssize_t end, P
             if (stop >= 0 && !whole)
                 put_mark(text, i, stop, marked);
         }
-        else if (c == '&' && (stop = past_entity(text, i, end)) >= 0) {
+        else if ((stop = past_entity(text, i, end)) >= 0) {
             PyObject *entity = PyUnicode_Substring(source, i, stop);
             PyObject *piece = entity ? PyObject_CallFunctionObjArgs(decode, entity, NULL) : NULL;
             Py_XDECREF(entity);
@@ -699,17 +727,21 @@ join_runs(const Py_UCS4 *marked, Py_ssize_t length, Buffer *clean, Places *start
         return -1;
     do { /* text, which may be empty at either end, then a run */
         Py_ssize_t first = i, clean_first = clean->length;
+        Py_UCS4 *out = clean->data + clean->length;
         for (; i < length; i++) {
             Py_UCS4 c = marked[i];
-            if (is_separator(c)) {
-                if (c != ' ' || (i + 1 < length && is_separator(marked[i + 1])))
-                    break;
+            if (c < 0xac00 || c > 0xd7a3) { /* no Hangul syllable */
+                if (is_separator(c)) {
+                    if (c != ' ' || (i + 1 < length && is_separator(marked[i + 1])))
+                        break;
+                }
+                else if (!is_composed(c)) {
+                    *composed = 0;
+                }
             }
-            else if (!is_composed(c)) {
-                *composed = 0;
-            }
-            put(clean, c);
+            *out++ = c;
         }
+        clean->length = out - clean->data;
         while (starts->position < i || (i == length && starts->position != PY_SSIZE_T_MAX))
             if (add_place(starts, clean_first + clip(starts->position - first, 0, i - first), 0) < 0)
                 return -1;
@@ -821,10 +853,16 @@ inspect(PyObject *module, PyObject *source)
         return NULL;
     int controls = 0, brackets = 0;
     for (Py_ssize_t i = 0; i < text.length; i++) {
-        Py_UCS4 c = at(&text, i);
-        controls |= is_control(c);
-        if (c == '=' && !brackets)
-            brackets = opens_value_with_bracket(&text, i + 1);
+        FOR_WIDTH(&text, {
+            while (i < text.length && s[i] != '=' && !is_control(s[i]))
+                i++;
+        })
+        if (i == text.length)
+            break;
+        if (at(&text, i) == '=')
+            brackets = brackets || opens_value_with_bracket(&text, i + 1);
+        else
+            controls = 1;
     }
     return Py_BuildValue("OO", controls ? Py_True : Py_False, brackets ? Py_True : Py_False);
 }
@@ -843,9 +881,13 @@ find_opening(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "Unn", &source, &i, &end) || open_text(source, &text) < 0)
         return NULL;
     end = clip(end, 0, text.length);
-    for (i = clip(i, 0, end); i + 3 < end; i++) {
-        if (at(&text, i) != '<')
-            continue;
+    for (i = clip(i, 0, end);; i++) {
+        FOR_WIDTH(&text, {
+            while (i < end && s[i] != '<')
+                i++;
+        })
+        if (i + 3 >= end)
+            break;
         Py_UCS4 letters[3];
         for (int k = 0; k < 3; k++) {
             letters[k] = at(&text, i + 1 + k);
@@ -881,7 +923,7 @@ squeeze(PyObject *module, PyObject *source)
     int space = 0;
     for (Py_ssize_t i = 0; i < text.length; i++) {
         Py_UCS4 c = at(&text, i);
-        if (Py_UNICODE_ISSPACE(c)) {
+        if (is_space(c)) {
             space = out > start;
             continue;
         }
@@ -936,7 +978,7 @@ fold(PyObject *module, PyObject *source)
     PyObject *result = NULL;
     for (Py_ssize_t i = 0; i < text.length; i++) {
         Py_UCS4 c = at(&text, i);
-        if (Py_UNICODE_ISSPACE(c) && c < 0x80)
+        if (is_space(c) && c < 0x80)
             continue;
         c = lower_plain(c);
         if (!c) {
@@ -966,10 +1008,14 @@ count_cells(const Text *text, const Line *line) /* of a table row; 0 for a list 
     if (past(text, line->start, text->length, "- ") >= 0)
         return 0;
     Py_ssize_t cells = 1;
-    for (Py_ssize_t i = line->start; i + 2 < line->end; i++) {
-        if (at(text, i) == ' ' && at(text, i + 1) == '|' && at(text, i + 2) == ' ') {
+    for (Py_ssize_t i = line->start; i < line->end; i++) {
+        FOR_WIDTH(text, {
+            while (i < line->end && s[i] != '|')
+                i++;
+        })
+        if (i > line->start && i + 1 < line->end && at(text, i - 1) == ' ' && at(text, i + 1) == ' ') {
             cells++;
-            i += 2;
+            i += 2; /* the space after it is not the one before the next */
         }
     }
     return cells;
@@ -984,7 +1030,7 @@ find_level(const Text *text, const Line *line) /* passages._HEADING */
     Py_ssize_t level = i - line->start;
     for (first = i; i < line->end && at(text, i) == ' ';)
         i++;
-    int is_heading = level >= 2 && level <= 6 && i > first && i < line->end && !Py_UNICODE_ISSPACE(at(text, i));
+    int is_heading = level >= 2 && level <= 6 && i > first && i < line->end && !is_space(at(text, i));
     return is_heading ? (int)level : 0;
 }
 
@@ -1018,13 +1064,15 @@ read_lines(PyObject *module, PyObject *args)
     for (Py_ssize_t start = 0; start <= text.length;) {
         Line line = {.start = start};
         Py_ssize_t stop = start;
-        while (stop < text.length && at(&text, stop) != '\n')
-            stop++;
+        FOR_WIDTH(&text, {
+            while (stop < text.length && s[stop] != '\n')
+                stop++;
+        })
         start = stop + 1;
         line.end = stop;
-        while (line.start < line.end && Py_UNICODE_ISSPACE(at(&text, line.start)))
+        while (line.start < line.end && is_space(at(&text, line.start)))
             line.start++;
-        while (line.start < line.end && Py_UNICODE_ISSPACE(at(&text, line.end - 1)))
+        while (line.start < line.end && is_space(at(&text, line.end - 1)))
             line.end--;
         if (line.start == line.end) {
             mark_header(lines + first, count - first);
