@@ -14,7 +14,7 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv and install koret with its test extras
 
-$(STAMP): pyproject.toml constraints.txt setup.py src/koret/data/_scan.c
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/koret/data/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "koret needs Python 3.10 or newer; run: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

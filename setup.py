@@ -1,5 +1,8 @@
 """The compiled part of koret. It is optional: without a C compiler the Python code beside it does the same, slower."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
-setup(ext_modules=[Extension("koret.data._scan", ["src/koret/data/_scan.c"], optional=True)])
+SOURCES = sorted(glob("src/koret/data/csrc/*.c"))
+setup(ext_modules=[Extension("koret.data._scan", SOURCES, depends=["src/koret/data/csrc/text.h"], optional=True)])

@@ -73,6 +73,11 @@ class TestSameResults:
                 for reduce in (keys.text_key, keys.fold_text):
                     compiled, plain = both(reduce, text)
                     assert compiled == plain, hex(code)
+        everywhere = "\n".join(f"{chr(code)}x {chr(code)}" for code in range(0x110000))
+        compiled, plain = both(
+            lambda: passages._Splitter("", everywhere, True, 64, passages.estimate_tokens, 0.0)._read_lines()[1]
+        )
+        assert compiled == plain
         for first in range(0, 0x110000, 0x1000):
             text = "".join(f"가{chr(code)}<b>{chr(code)} </b>{chr(code)}나" for code in range(first, first + 0x1000))
             compiled, plain = both(markup.clean_page, text)

@@ -1,4 +1,4 @@
-"""The compiled passes over texts (``_scan.c``), or None where they were not built or are not wanted.
+"""The compiled passes over texts (``csrc``), or None where they were not built or are not wanted.
 
 Whoever uses ``scan`` has the same in Python beside it, with the same results. KORET_PURE_PYTHON=1 chooses that.
 """
