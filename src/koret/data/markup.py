@@ -170,11 +170,7 @@ def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) ->
     For each, the returned (start, end) is what cleaning that piece by itself gives; ``in_cell`` says that ``text``
     is a piece from inside a table cell, where a break is `` / ``.
     """
-    has_controls, has_brackets = scan.inspect(text) if scan else (_CONTROL.search(text) is not None, True)
-    if has_controls:
-        text = text.translate(_NO_CONTROLS)
-    if has_controls or has_brackets:
-        text = _hide_quoted_brackets(text)
+    text = _blank_noise(text)
     begin, end = find_body(text)
     for start, stop in points:
         begin, end = min(begin, max(start, 0)), max(end, min(stop, len(text)))
@@ -192,6 +188,14 @@ def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) ->
         spans.append((max(x, first) - first, max(min(y, last) - first, max(x, first) - first)))
     clean = clean[first:last]
     return (clean, spans) if is_composed or is_normalized("NFC", clean) else _compose(clean, spans)
+
+
+def _blank_noise(text: str) -> str:
+    """The text with spaces for control characters and for angle brackets inside quoted values."""
+    has_controls, has_brackets = scan.inspect(text) if scan else (_CONTROL.search(text) is not None, True)
+    if has_controls:
+        text = text.translate(_NO_CONTROLS)
+    return _hide_quoted_brackets(text) if has_controls or has_brackets else text
 
 
 def _cuts(region: Region, point: Span) -> bool:

@@ -41,13 +41,13 @@ find_level(const Text *text, const Line *line) /* passages._HEADING */
 }
 
 static void
-mark_header(Line *lines, Py_ssize_t count) /* passages._mark_table */
+mark_header(Line *lines, Py_ssize_t first, Py_ssize_t count) /* passages._mark_table, for a block that starts at first */
 {
-    Py_ssize_t header = 0;
-    for (Py_ssize_t i = 1; i < count; i++)
+    Py_ssize_t header = first;
+    for (Py_ssize_t i = first; i < count; i++)
         if (lines[i].cells > lines[header].cells)
             header = i;
-    if (count && lines[header].cells >= 3)
+    if (header < count && lines[header].cells >= 3)
         for (Py_ssize_t i = header + 1; i < count; i++)
             lines[i].header = i - header;
 }
@@ -76,7 +76,7 @@ koret_read_lines(PyObject *module, PyObject *args)
         while (line.start < line.end && is_space(at(&text, line.end - 1)))
             line.end--;
         if (line.start == line.end) {
-            mark_header(lines + first, count - first);
+            mark_header(lines, first, count);
             first = count;
             continue;
         }
@@ -96,7 +96,7 @@ koret_read_lines(PyObject *module, PyObject *args)
         }
         lines[count++] = line;
     }
-    mark_header(lines + first, count - first);
+    mark_header(lines, first, count);
     PyObject *places = PyList_New(count), *texts = PyList_New(count);
     int failed = !places || !texts;
     for (Py_ssize_t i = 0; !failed && i < count; i++) {

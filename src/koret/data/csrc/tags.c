@@ -2,7 +2,7 @@
 
 #include "text.h"
 
-/* Names of tags and the marks of their opening and closing; `number` is the name as a number in base 37. */
+/* markup._TAG_MARKS: names of tags and the marks of their opening and closing; a heading's stands for two. */
 #define LONGEST_NAME 10
 typedef struct {
     const char *name;
@@ -24,9 +24,10 @@ static const Tag tags[] = {
 #undef BLOCK
 };
 
+/* The same by name: a hash table, filled once. */
 #define SLOTS 256
 static struct {
-    unsigned long long number; /* 0: free */
+    unsigned long long number; /* the name as a number in base 37; 0: free */
     char opening, closing;
 } slots[SLOTS];
 

@@ -79,7 +79,7 @@ typedef struct {
 static inline int
 reserve(Buffer *buffer, Py_ssize_t more)
 {
-    if (more <= buffer->room - buffer->length)
+    if (buffer->data && more <= buffer->room - buffer->length)
         return 0;
     Py_ssize_t most = PY_SSIZE_T_MAX / (Py_ssize_t)sizeof(Py_UCS4);
     if (more > most / 2 - buffer->length) {
