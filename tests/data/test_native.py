@@ -53,6 +53,23 @@ class TestSameResults:
             compiled, plain = both(markup.clean_page, text, native_soup.cut_points(rng, text))
             assert compiled == plain, repr(text)
 
+    def test_of_real_answers(self, shared_data):
+        for fragment in json.loads((shared_data / "korquad2_answers.json").read_text(encoding="utf-8")).values():
+            for in_cell in (False, True):
+                compiled, plain = both(markup.clean_page, fragment, [(0, len(fragment))], in_cell)
+                assert compiled == plain, repr(fragment)
+
+    def test_of_generated_pages(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        import data_generator
+
+        for article in json.loads(data_generator.write_files(tmp_path, 1, 40)[0].read_text(encoding="utf-8"))["data"]:
+            for page in (article["context"], article["raw_html"]):
+                answers = [answer["answer"] for answer in article["qas"]]
+                points = [(answer["answer_start"], answer["answer_start"] + len(answer["text"])) for answer in answers]
+                compiled, plain = both(markup.clean_page, page, points)
+                assert compiled == plain, article["title"]
+
     def test_of_keys_and_passages(self):
         rng = random.Random(11)
         for _ in range(3_000):

@@ -122,11 +122,16 @@ def find_gold(passages: Sequence[Passage], spans: Sequence[tuple[int, int]]) -> 
     """
     if not passages or not spans:
         return [], -1
-    overlaps = [max(min(p.end, end) - max(p.start, start) for start, end in spans) for p in passages]
-    gold = [i for i, shared in enumerate(overlaps) if shared > 0]
+    first, last = min([start for start, _ in spans]), max([end for _, end in spans])
+    near = [i for i, p in enumerate(passages) if p.start < last and first < p.end]
+    overlaps = {
+        i: max([min(passages[i].end, end) - max(passages[i].start, start) for start, end in spans]) for i in near
+    }
+    gold = [i for i in near if overlaps[i] > 0]
     if not gold:
         following = bisect.bisect_left([p.start for p in passages], spans[0][1])
         gold = [min(following, len(passages) - 1)]
+        return gold, gold[0]
     return gold, max(gold, key=overlaps.__getitem__)
 
 

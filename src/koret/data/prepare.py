@@ -272,8 +272,10 @@ class _ArticleRows:
         if self._folded is None:
             texts = [passage.text for passage in self.passages[: self.own]]
             self._folded = _fold_all(texts, self.article.html and not self.article.is_clean)
-        holders = {i for i, text in enumerate(self._folded) if any(answer in text for answer in wanted)}
-        return sorted(holders.union(gold))
+        known = set(gold)
+        for answer in wanted:
+            known.update([i for i, text in enumerate(self._folded) if answer in text])
+        return sorted(known)
 
     def _list_negatives(self, question: Question, known: list[int]) -> list[int]:
         positive = {self.passages[i].text for i in known}

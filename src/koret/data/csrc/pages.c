@@ -5,7 +5,7 @@
 static inline int
 is_control(Py_UCS4 c) /* markup.CONTROLS */
 {
-    return (c < 32 && !(c >= '\t' && c <= '\r')) || c == 127;
+    return ((c < 32) & !((c >= '\t') & (c <= '\r'))) | (c == 127);
 }
 
 /* Whether a quoted value begins at i and has an angle bracket in it. A value ends at its own quote, so all of them
@@ -35,17 +35,18 @@ koret_inspect(PyObject *module, PyObject *source)
     if (open_text(source, &text) < 0)
         return NULL;
     int controls = 0, brackets = 0;
-    for (Py_ssize_t i = 0; i < text.length; i++) {
-        FOR_WIDTH(&text, {
-            while (i < text.length && s[i] != '=' && !is_control(s[i]))
-                i++;
-        })
-        if (i == text.length)
+    FOR_WIDTH(&text, {
+        for (Py_ssize_t i = 0; i < text.length; i++) /* to the end: many at a time */
+            controls |= is_control(s[i]);
+    })
+    for (Py_ssize_t i = 0; i < text.length && !brackets; i++) {
+        i = PyUnicode_FindChar(source, '=', i, text.length, 1);
+        if (i < 0) {
+            if (i == -2)
+                return NULL;
             break;
-        if (at(&text, i) == '=')
-            brackets = brackets || opens_value_with_bracket(&text, i + 1);
-        else
-            controls = 1;
+        }
+        brackets = opens_value_with_bracket(&text, i + 1);
     }
     return Py_BuildValue("OO", controls ? Py_True : Py_False, brackets ? Py_True : Py_False);
 }
