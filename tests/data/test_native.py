@@ -123,6 +123,13 @@ def test_prepared_data_is_the_same(name, request, tmp_path):
     assert prepared[0] == prepared[1]
 
 
+def test_what_was_built_is_of_this_version():
+    source = (Path(native.__file__).parent / "csrc" / "module.c").read_text(encoding="utf-8")
+    assert f"#define VERSION {native._VERSION} " in source
+    built = pytest.importorskip("koret.data._scan", reason="koret.data._scan is not built")
+    assert built.VERSION == native._VERSION, "it was built from older C: make setup builds it anew"
+
+
 def test_the_variable_chooses_python():
     code = "from koret.data.native import scan; print(scan)"
     command = [sys.executable, "-c", code]
