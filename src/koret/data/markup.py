@@ -7,6 +7,8 @@ Cleaning is two C-speed splits and a dictionary look-up each, so it is linear in
 2. That is split at runs of separators (control characters, white space, invisible characters) and every run becomes
    the strongest separator in it: heading, list item, table row, paragraph, cell, line break, space.
 
+Where the extension is built (``native``) each of the two is one pass in C that gives the same.
+
 A position in the HTML is followed through both: the HTML is cut there before it is split, and the separator it falls
 into says on which side of it the position comes out.
 """
