@@ -9,7 +9,8 @@ shape and sizes (data_generator.py).
 naive pool   multiprocessing.Pool: json.load, a dictionary of everything, answers through a chain of regexes
 soup         BeautifulSoup(context, "lxml").get_text(" ") of every page, on top of the naive pool
 pairs        koret: question and clean answer of every record, from JSON and from the zip
-full         koret: every page cleaned, exact spans, passages, keys, written and mapped (load_dataset)
+full         koret: every page cleaned, exact spans, passages, keys, written and mapped (load_dataset), with the
+             compiled extension and in Python alone
 floor        reading the bytes and searching them once: nothing can be faster
 """
 
@@ -103,8 +104,10 @@ def run_pairs(files: list[Path], _: Path) -> int:
 
 
 def run_full(files: list[Path], scratch: Path, workers: int = 0) -> int:
+    from koret.data import native
     from koret.data.loader import load_dataset
 
+    EXTRA["compiled"] = native.scan is not None
     dataset = load_dataset(files[0].parent, cache_dir=scratch, num_workers=workers, progress=False)
     EXTRA["questions"], EXTRA["passages"] = dataset.questions.num_rows, dataset.passages.num_rows
     return dataset.articles.num_rows
@@ -134,12 +137,14 @@ def run_floor(files: list[Path], _: Path) -> int:
     return count
 
 
+PLAIN = "full, one process, Python alone"
 TASKS = {
     "naive pool": run_naive_pool,
     "soup": run_soup,
     "pairs, JSON": run_pairs,
     "pairs, zip": run_pairs,
     "full, one process": run_full,
+    PLAIN: run_full,
     "full, two workers": run_full_workers,
     "second start": run_second_start,
     "floor": run_floor,
@@ -179,7 +184,8 @@ def run_task(name: str, files: list[Path], scratch: Path) -> None:
 
 def spawn(name: str, files: list[Path], scratch: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--task", name, "--scratch", str(scratch), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"KORET_PURE_PYTHON": str(int(name == PLAIN))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout)
@@ -204,7 +210,7 @@ def compare(folder: Path, articles: int, files: int, rounds: int) -> dict:
     runs: dict[str, list[dict]] = {name: [] for name in TASKS}
     for number in range(rounds):
         for name in TASKS:
-            scratch = folder / ("cache2" if name == "full, two workers" else "cache")
+            scratch = folder / (f"cache {name}" if name.startswith("full, ") else "cache full, one process")
             runs[name].append(spawn(name, inputs["zips" if name == "pairs, zip" else "half"], scratch))
             print(f"round {number + 1}: {name}: {runs[name][-1]['cpu']:.2f} s CPU", flush=True)
     doubled = {
@@ -217,7 +223,7 @@ def compare(folder: Path, articles: int, files: int, rounds: int) -> dict:
 
 def summarise(best: dict[str, dict], doubled: dict[str, dict], size: int, articles: int, rounds: int) -> dict:
     each = {name: run["cpu"] / run["articles"] for name, run in best.items()}
-    full, pairs = each["full, one process"], each["pairs, JSON"]
+    full, plain, pairs = (each[name] for name in ("full, one process", PLAIN, "pairs, JSON"))
     growth = {
         name: {key: doubled[name][key] - best[name][key] for key in ("peak_mb", "worker_peak_mb")} for name in doubled
     }
@@ -241,11 +247,17 @@ def summarise(best: dict[str, dict], doubled: dict[str, dict], size: int, articl
         "gigabytes_per_cpu_second": {
             name: round(size / 1e9 / (each[name] * articles), 3) for name in ("pairs, JSON", "pairs, zip", "floor")
         },
+        "full_is_compiled": best["full, one process"]["compiled"],
         "full_articles_per_cpu_second": round(1 / full),
+        "full_articles_per_cpu_second_in_python": round(1 / plain),
         "times_less_cpu": {
             "pairs from JSON than the naive pool": round(each["naive pool"] / pairs, 2),
             "pairs from zip than the naive pool (on unpacked files)": round(each["naive pool"] / each["pairs, zip"], 2),
             "full than the naive pool and BeautifulSoup": round((each["naive pool"] + each["soup"]) / full, 2),
+            "full in Python alone than the naive pool and BeautifulSoup": round(
+                (each["naive pool"] + each["soup"]) / plain, 2
+            ),
+            "full than full in Python alone": round(plain / full, 2),
             "floor than pairs from JSON": round(pairs / each["floor"], 2),
         },
     }

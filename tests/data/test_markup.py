@@ -344,6 +344,7 @@ HOSTILE = {
     "entities": "&amp;" * 1_000_000,
     "unclosed rows": "<table><tr><td>" * 70_000,
     "nested marks": "<sup><b>[" * 100_000,
+    "closed marks": ("<sup>&#91;" + "&#93;&#91;<a>" * 60) * 300,
     "nested spans": "<span><span>[" * 80_000,
     "unclosed styles": "<style>" * 150_000,
     "unclosed formulas": "<math>" * 150_000,

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from unicodedata import is_normalized
 
 from koret.data.markup import normalize_text
+from koret.data.native import scan
 
 # Particles that hardly ever end a noun. 이, 가, 의, 에, 와, 과, 도, 로, 만 often do (고양이, 국가, 회의, 학과, 제주도).
 _PARTICLES = ("에서", "에게", "까지", "부터", "입니다", "이다")
@@ -30,18 +31,24 @@ def normalize_answer(text: str) -> str:
 
 def fold_text(text: str) -> str:
     """NFKC, lower case, no white space: what answers are looked for in."""
-    return "".join(normalize_text(text, "NFKC").lower().split())
+    folded = scan.fold(text) if scan else None
+    return "".join(normalize_text(text, "NFKC").lower().split()) if folded is None else folded
 
 
 def text_key(text: str) -> int:
     """A signed 64-bit BLAKE2b hash of the text, NFC and with runs of white space as one space."""
+    squeezed = scan.squeeze(text) if scan else None
+    digest = blake2b(_squeeze(text) if squeezed is None else squeezed, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _squeeze(text: str) -> bytes:
     normal = text.replace("\n\n", " ").replace("\n", " ")
     if not (
         normal.isprintable() and "  " not in normal and normal.strip(" ") == normal and is_normalized("NFC", normal)
     ):
         normal = " ".join(normalize_text(text).split())
-    digest = blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return normal.encode("utf-8", "surrogatepass")
 
 
 def _ends_in_consonant(text: str) -> bool | None:

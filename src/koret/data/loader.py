@@ -118,7 +118,7 @@ def _make_key(sources: Sequence[Source], ignored: list[tuple[str, str]], setting
     digest.update(repr(ignored).encode() + msgspec.json.encode(msgspec.structs.replace(settings, tokenizer=None)))
     if settings.tokenizer:
         digest.update(_read_tokenizer(settings.tokenizer))
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted([*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.glob("csrc/*.[ch]")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -7,6 +7,8 @@ Cleaning is two C-speed splits and a dictionary look-up each, so it is linear in
 2. That is split at runs of separators (control characters, white space, invisible characters) and every run becomes
    the strongest separator in it: heading, list item, table row, paragraph, cell, line break, space.
 
+Where the extension is built (``native``) each of the two is one pass in C that gives the same.
+
 A position in the HTML is followed through both: the HTML is cut there before it is split, and the separator it falls
 into says on which side of it the position comes out.
 """
@@ -20,6 +22,7 @@ from itertools import accumulate
 from typing import Literal
 from unicodedata import is_normalized, normalize
 
+from koret.data.native import scan
 from koret.data.regions import ENTITY, Region, decode_entity, find_body, find_regions
 
 Span = tuple[int, int]
@@ -57,7 +60,8 @@ _EDIT_LINK = (
     r"<span[^<>]*>\]</span></span>"
 )
 _BACKLINK = r"pan[^<>]*><a[^<>]*>↑</a></span>\s?"
-_MARK = r"[^<>\[\]]{0,30}(?:</?(?:[abi]|span)(?:\s[^<>]*)?>[^<>\[\]]{0,30}){0,8}"
+_MARK_TEXT = r"(?:[^<>\[\]&]|&(?!#93;)){0,30}"
+_MARK = rf"{_MARK_TEXT}(?:</?(?:[abi]|span)(?:\s[^<>]*)?>{_MARK_TEXT}){{0,8}}"
 _REFERENCE = (
     rf"up[^<>]*>(?:(?:<[a-z][^<>]*>){{0,3}}(?:\[|&#91;){_MARK}(?:\]|&#93;)(?:</[a-z]{{1,5}}>){{0,3}}\s?){{1,6}}</sup>"
 )
@@ -168,38 +172,32 @@ def clean_page(text: str, points: Sequence[Span] = (), in_cell: bool = False) ->
     For each, the returned (start, end) is what cleaning that piece by itself gives; ``in_cell`` says that ``text``
     is a piece from inside a table cell, where a break is `` / ``.
     """
-    if _CONTROL.search(text):
-        text = text.translate(_NO_CONTROLS)
-    text = _hide_quoted_brackets(text)
+    text = _blank_noise(text)
     begin, end = find_body(text)
     for start, stop in points:
         begin, end = min(begin, max(start, 0)), max(end, min(stop, len(text)))
     cuts = {point: (_settle(text, point[0], False), _settle(text, point[1], True)) for point in points}
     marked, where = _mark_tags(text, begin, end, find_regions(text, begin, end), cuts)
-    if in_cell or CELL in marked:
-        marked = _flatten_cells(marked, in_cell)
-    if HEADING_END in marked:
-        marked = _WHOLE_HEADING.sub(lambda m: m[0][:2] + m[0][2:].translate(_IN_HEADING), marked)
-    runs = _SEPARATORS.split(marked)
-    pieces = runs[:]
-    pieces[1::2] = map(_joined, runs[1::2])
-    if len(runs) > 1:  # a text does not start or end with a separator
-        if not runs[-1]:
-            pieces[-2] = ""
-        if not runs[0]:
-            pieces[1] = _lead(runs[1]) if len(runs) > 3 or runs[-1] else ""
-    clean = "".join(pieces)
-    first, last = _trim(clean, 0, len(clean), is_item=not runs[0] and len(runs) > 1 and _lead(runs[1]) == "- ")
+    starts = tuple(sorted({where[start] for start, _ in cuts.values()}))
+    stops = tuple(sorted({where[stop] for _, stop in cuts.values()}))
+    clean, start_item, is_composed, start_places, stop_places = _join_marks(marked, in_cell, starts, stops)
+    first, last = _trim(clean, 0, len(clean), start_item)
+    start_at, stop_at = dict(zip(starts, start_places, strict=True)), dict(zip(stops, stop_places, strict=True))
     spans = []
-    if points:
-        find = _make_point_map(runs, pieces)
-        for point in points:
-            start, stop = (where[cut] for cut in cuts[point])
-            mapped_start, is_item = find(start, False)
-            x, y = _trim(clean, mapped_start, find(stop, True)[0], is_item)
-            spans.append((max(x, first) - first, max(min(y, last) - first, max(x, first) - first)))
+    for point in points:
+        (start, is_item), (stop, _) = start_at[where[cuts[point][0]]], stop_at[where[cuts[point][1]]]
+        x, y = _trim(clean, start, stop, is_item)
+        spans.append((max(x, first) - first, max(min(y, last) - first, max(x, first) - first)))
     clean = clean[first:last]
-    return (clean, spans) if is_normalized("NFC", clean) else _compose(clean, spans)
+    return (clean, spans) if is_composed or is_normalized("NFC", clean) else _compose(clean, spans)
+
+
+def _blank_noise(text: str) -> str:
+    """The text with spaces for control characters and for angle brackets inside quoted values."""
+    has_controls, has_brackets = scan.inspect(text) if scan else (_CONTROL.search(text) is not None, True)
+    if has_controls:
+        text = text.translate(_NO_CONTROLS)
+    return _hide_quoted_brackets(text) if has_controls or has_brackets else text
 
 
 def _cuts(region: Region, point: Span) -> bool:
@@ -229,9 +227,13 @@ def _mark_tags(
     """text[begin:end] with marks for tags, and where in it each of the cuts is. Regions cuts go through stay."""
     stops = [region for region in regions if not any(_cuts(region, point) for point in cuts)]
     stops += [(cut, cut, "") for cut in {cut for pair in cuts.values() for cut in pair}]
+    stops = (*sorted(stops), (end, end, ""))
+    if scan:
+        marked, places = scan.mark_tags(text, begin, stops, _tag_mark)
+        return marked, dict(zip([stop[0] for stop in stops], places, strict=True))
     split = (_TAGS_AND_ENTITIES if "&" in text else _TAGS).split
     marked, where, length, position = [], {}, 0, begin
-    for start, stop, replacement in [*sorted(stops), (end, end, "")]:
+    for start, stop, replacement in stops:
         if start >= position:
             parts = split(text[position:start])
             parts[1::2] = map(_tag_mark, parts[1::2])
@@ -241,6 +243,36 @@ def _mark_tags(
             position = stop
         where[start] = length - len(replacement) if start == stop else length
     return "".join(marked), where
+
+
+Place = tuple[int, bool]  # a position in the clean text, and whether it opens a list item
+
+
+def _join_marks(
+    marked: str, in_cell: bool, starts: tuple[int, ...], stops: tuple[int, ...]
+) -> tuple[str, bool, bool, list[Place], list[Place]]:
+    """The marked text with every run of separators joined to one, and where positions in it (sorted) come out.
+
+    Also whether the text opens with a list item, and whether it is certainly composed (NFC).
+    """
+    if scan:
+        return scan.join_marks(marked, in_cell, starts, stops)
+    if in_cell or CELL in marked:
+        marked = _flatten_cells(marked, in_cell)
+    if HEADING_END in marked:
+        marked = _WHOLE_HEADING.sub(lambda m: m[0][:2] + m[0][2:].translate(_IN_HEADING), marked)
+    runs = _SEPARATORS.split(marked)
+    pieces = runs[:]
+    pieces[1::2] = map(_joined, runs[1::2])
+    if len(runs) > 1:  # a text does not start or end with a separator
+        if not runs[-1]:
+            pieces[-2] = ""
+        if not runs[0]:
+            pieces[1] = _lead(runs[1]) if len(runs) > 3 or runs[-1] else ""
+    start_item = not runs[0] and len(runs) > 1 and _lead(runs[1]) == "- "
+    find = _make_point_map(runs, pieces) if starts or stops else None
+    found = [find(start, False) for start in starts], [find(stop, True) for stop in stops]
+    return "".join(pieces), start_item, False, *found
 
 
 def _flatten_cells(marked: str, in_cell: bool) -> str:

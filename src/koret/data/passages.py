@@ -20,6 +20,8 @@ from pathlib import Path
 
 import msgspec
 
+from koret.data.native import scan
+
 TokenCounter = Callable[[Sequence[str]], list[int]]
 
 RESERVED_TOKENS = 8  # special tokens (2) and the "passage: " prefix (2-4), with a little slack
@@ -120,11 +122,16 @@ def find_gold(passages: Sequence[Passage], spans: Sequence[tuple[int, int]]) -> 
     """
     if not passages or not spans:
         return [], -1
-    overlaps = [max(min(p.end, end) - max(p.start, start) for start, end in spans) for p in passages]
-    gold = [i for i, shared in enumerate(overlaps) if shared > 0]
+    first, last = min([start for start, _ in spans]), max([end for _, end in spans])
+    near = [i for i, p in enumerate(passages) if p.start < last and first < p.end]
+    overlaps = {
+        i: max([min(passages[i].end, end) - max(passages[i].start, start) for start, end in spans]) for i in near
+    }
+    gold = [i for i in near if overlaps[i] > 0]
     if not gold:
         following = bisect.bisect_left([p.start for p in passages], spans[0][1])
         gold = [min(following, len(passages) - 1)]
+        return gold, gold[0]
     return gold, max(gold, key=overlaps.__getitem__)
 
 
@@ -150,11 +157,8 @@ class _Splitter:
     # ---- lines -> units
 
     def _read_units(self) -> list[_Unit]:
-        lines = self._read_lines()
-        names = {
-            i: self.text[line.start + line.level : line.end].lstrip() for i, line in enumerate(lines) if line.level
-        }
-        texts = [self.text[line.start : line.end] for line in lines]
+        lines, texts = self._read_lines()
+        names = {i: texts[i][line.level :].lstrip() for i, line in enumerate(lines) if line.level}
         counts = self.count_tokens([*texts, *names.values()])
         for line, tokens in zip(lines, counts, strict=False):
             line.tokens = tokens
@@ -176,8 +180,14 @@ class _Splitter:
                 units.append(line)
         return units
 
-    def _read_lines(self) -> list[_Unit]:
+    def _read_lines(self) -> tuple[list[_Unit], list[str]]:
+        """The lines that are not blank, and their texts."""
         lines: list[_Unit] = []
+        if scan:
+            read, texts = scan.read_lines(self.text, self.html)
+            for start, end, level, header in read:
+                lines.append(_Unit(start, end, level, 0, lines[-header] if header else None))
+            return lines, texts
         first = position = 0  # the open block starts at lines[first]
         has_row = False
         html = self.html
@@ -195,7 +205,7 @@ class _Splitter:
             position += len(text) + 1
         if has_row and html:
             self._mark_table(lines[first:])
-        return lines
+        return lines, [self.text[line.start : line.end] for line in lines]
 
     def _mark_table(self, block: list[_Unit]) -> None:
         """Note the header for the rows below it: the first row with the most cells, if those are three or more.

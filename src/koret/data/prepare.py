@@ -6,13 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import is_normalized
 
 import msgspec
 
 from koret.data.answers import Unlocated, classify_answer, clean_and_map, find_answer
-from koret.data.keys import normalize_answer, text_key
+from koret.data.keys import fold_text, normalize_answer, text_key
 from koret.data.korquad import Answer, Article, ArticleReader, Question, Reject
 from koret.data.markup import Span, clean_html_text, normalize_text
+from koret.data.native import scan
 from koret.data.passages import Passage, TokenCounter, estimate_tokens, find_gold, make_token_counter, split_article
 from koret.data.sources import Source
 from koret.data.tables import ARTICLES, PASSAGES, QUESTIONS, TableWriter
@@ -177,7 +179,7 @@ class _ArticleRows:
         self.groups: list[list[int]] = []  # passage numbers of each context
         self.characters = 0
         self.moved: Counter[int] = Counter()  # question number -> answers found elsewhere than said
-        self._normal: list[str] | None = None
+        self._folded: list[str] | None = None
         self._places: dict[tuple[int, int], Span | Unlocated] = {}  # (question, answer) -> where in clean text
         self._clean: list[str] = []
         budget = settings.page_tokens if article.html else settings.paragraph_tokens
@@ -267,26 +269,29 @@ class _ArticleRows:
         wanted = [normal for normal in map(normalize_answer, answers) if len(normal) >= LEAST_KNOWN]
         if not wanted or self.own == len(gold):
             return gold
-        if self._normal is None:
+        if self._folded is None:
             texts = [passage.text for passage in self.passages[: self.own]]
-            self._normal = _normalize_all(texts, self.article.html and not self.article.is_clean)
-        holders = {i for i, text in enumerate(self._normal) if any(answer in text for answer in wanted)}
-        return sorted(holders.union(gold))
+            self._folded = _fold_all(texts, self.article.html and not self.article.is_clean)
+        known = set(gold)
+        for answer in wanted:
+            known.update([i for i, text in enumerate(self._folded) if answer in text])
+        return sorted(known)
 
     def _list_negatives(self, question: Question, known: list[int]) -> list[int]:
         positive = {self.passages[i].text for i in known}
         return [self._negative_numbers[text] for text in dict.fromkeys(question.negatives) if text not in positive]
 
 
-def _normalize_all(texts: list[str], is_clean: bool) -> list[str]:
-    """Texts as ``normalize_answer`` sees them, so that answers can be looked for in them; all at once for speed.
+def _fold_all(texts: list[str], is_clean: bool) -> list[str]:
+    """Texts as ``normalize_answer`` sees them, so that answers can be looked for in them.
 
     ``is_clean``: ``markup`` has left no white space but spaces and line ends.
     """
-    joined = normalize_text("\0".join(text.replace("\0", " ") for text in texts), "NFKC").lower()
-    if is_clean:
-        return joined.replace(" ", "").replace("\n", "").split("\0")
-    return ["".join(text.split()) for text in joined.split("\0")]
+    if not scan and is_clean:
+        joined = "\0".join(texts)
+        if is_normalized("NFKC", joined):  # all at once for speed
+            return joined.lower().replace(" ", "").replace("\n", "").split("\0")
+    return [fold_text(text.replace("\0", " ")) for text in texts]
 
 
 def _find_anywhere(text: str, context: str, answer: Answer) -> Span:

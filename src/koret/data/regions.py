@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import re
 
+from koret.data.native import scan
+
 Region = tuple[int, int, str]  # start, end, what stands there instead
 
 # The body of a page runs from its skip link to the line that gives its address.
@@ -63,7 +65,7 @@ def _find_elements(text: str, begin: int, end: int) -> list[Region]:
     """Comments, scripts, styles, heads and the like; a formula is replaced by its LaTeX source."""
     found, unclosed = [], set()
     position = begin
-    while opening := _OPENING.search(text, position, end):
+    while opening := _find_opening(text, position, end):
         start, name = opening.start(), (opening[2] or "").lower()
         if opening[1]:
             stop = text.find("-->", start + 2, end)  # + 2: `<!-->` is a whole comment
@@ -77,6 +79,16 @@ def _find_elements(text: str, begin: int, end: int) -> list[Region]:
         found.append((start, stop, _read_formula(text[start:stop]) if name == "math" else _GAP if name else ""))
         position = stop
     return found
+
+
+def _find_opening(text: str, position: int, end: int) -> re.Match | None:
+    if scan is None:
+        return _OPENING.search(text, position, end)
+    while (position := scan.find_opening(text, position, end)) >= 0:
+        if opening := _OPENING.match(text, position, end):
+            return opening
+        position += 1
+    return None
 
 
 def _find_close(text: str, name: str, position: int, end: int) -> int:
@@ -135,5 +147,5 @@ def _find_balanced(text: str, tag: re.Pattern, position: int, end: int) -> int:
     for found in tag.finditer(text, position, end):
         depth += -1 if found[1] else 1
         if depth <= 0:
-            return text.find(">", found.start()) + 1
+            return text.find(">", found.start()) + 1 or -1
     return -1
