@@ -81,6 +81,26 @@ def test_a_search_shows_columns_side_by_side_with_gold_lines_and_bars(open_page,
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_a_hybrid_is_called_tuned_only_where_a_model_was(browser, open_page, question, log_dir, tmp_path):
+    from koret.retrieval.index import build_index
+    from koret.web.app import make_app
+    from koret.web.opening import open_page as open_models
+    from koret.web.server import Server, bind
+
+    page = open_page()
+    search(page, question)
+    expect(page.locator(".column.kind-hybrid .about")).to_have_text("학습 후 + BM25")
+    build_index(str(log_dir.parent / "tiny"), log_dir.parent / "data.json", tmp_path / "index").close()
+    opened = open_models(indexes=[str(tmp_path / "index")])
+    with bind("127.0.0.1", 0) as own, Server(make_app(opened)).serve_in_background(own) as where:
+        plain = browser.new_page()
+        plain.goto(where)
+        search(plain, question)
+        expect(plain.locator(".column.kind-hybrid .about")).to_have_text("tiny + BM25")
+        plain.close()
+    opened.close()
+
+
 def test_lines_join_the_places_of_the_same_passage(open_page, question):
     page = open_page()
     search(page, question)

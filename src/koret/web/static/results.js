@@ -9,7 +9,7 @@ export function renderResults(target, answer, columns, showGold) {
   const lines = draw("svg", { class: "lines", "aria-hidden": "true" });
   board.append(lines);
   const words = splitWords(answer.query);
-  shown.forEach((column, place) => board.append(renderColumn(column, shown[place - 1], answer.passages, words)));
+  shown.forEach((column, place) => board.append(renderColumn(column, describe(column, columns), shown[place - 1], answer.passages, words)));
   target.replaceChildren(...[showGold && answer.known ? renderGold(answer, shown) : null, board].filter(Boolean));
   const redraw = () => drawLines(board, lines, shown, answer.passages);
   redraw();
@@ -34,8 +34,13 @@ function renderGold(answer, shown) {
   return make("div", { class: "goldline" }, parts);
 }
 
-function renderColumn(column, before, passages, words) {
-  const about = { bm25: say("about_bm25"), hybrid: say("about_hybrid") }[column.kind] ?? (column.kind === "model" ? "" : column.name);
+function describe(column, columns) {
+  if (column.kind === "bm25") return say("about_bm25");
+  if (column.kind === "hybrid" && columns.some((one) => one.kind === "tuned")) return say("about_hybrid");
+  return column.kind === "model" ? "" : column.name;
+}
+
+function renderColumn(column, about, before, passages, words) {
   const head = make("header", {},
     make("h2", {}, make("span", { class: "dot" }), columnName(column)),
     make("span", { class: "soft about", title: column.name }, about),
