@@ -6,7 +6,8 @@
 
 Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
 with random weights and the offline base's tokenizer) on the same pairs, with dropout 0.1 on the adapters, AdamW and
-clipping. Each arm is a process of its own in every round, the order turning; its first step is not counted. Arms:
+clipping. Each arm is a process of its own in every round, the order turning; its first step is not counted, and no step
+writes a log. Arms:
 
   koret         koret train, everything at its defaults
   koret-small   the same with 2,048 tokens encoded at a time (GradCache)
@@ -75,7 +76,7 @@ def make_config(data: str, model: Path, task: str, batch: int, steps: int, folde
 
     return TrainingConfig(
         model_name=str(model), dataset_root=data, max_seq_length=LENGTHS[task], positives=task, batch_size=batch,
-        num_epochs=1, max_steps=steps, train_split=0.99, eval_samples=1, eval_corpus_size=1, log_every_n_steps=1,
+        num_epochs=1, max_steps=steps, train_split=0.99, eval_samples=1, eval_corpus_size=1,
         log_gradients=False, save_steps=10**6, log_dir=str(folder), seed=1,
     )  # fmt: skip
 

@@ -1,5 +1,11 @@
 """The token budget: what is free, what a token costs, never absurd."""
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +61,45 @@ def test_the_count_is_what_a_long_batch_really_takes(tiny_model):
 
 def test_free_memory_is_read():
     assert 1 << 20 < memory.read_free_memory(torch.device("cpu")) < 1 << 45
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are read from /proc")
+@pytest.mark.parametrize("limit,column", [("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)])
+def test_a_limit_of_the_process_is_respected(monkeypatch, limit, column):
+    taken = int(Path("/proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
+    limits = {getattr(memory.resource, limit): taken + (64 << 20)}
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (limits.get(kind, memory.resource.RLIM_INFINITY), 0))
+    assert memory.read_free_memory(torch.device("cpu")) == pytest.approx(64 << 20, rel=0.1)
+
+
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from koret.training import memory
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    memory.keep_freed()
+
+def count(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        taken = [torch.ones(1_000_000) for _ in range(20)]  # 80 MB together, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+count(3)
+again = count(10)
+held = memory.read_held(torch.device("cpu"))
+memory.return_freed()
+print(again, held - memory.read_held(torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep what is freed")
+def test_what_is_freed_is_kept_for_the_next_step_until_it_is_given_back():
+    pages = 80_000_000 // os.sysconf("SC_PAGE_SIZE")
+    counted = {}
+    for how in ("as it comes", "kept"):
+        done = subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True)
+        counted[how] = [int(word) for word in done.stdout.split()]
+    assert counted["as it comes"][0] > pages / 2  # cleared anew
+    assert counted["kept"][0] < pages / 10 and counted["kept"][1] > 70_000_000

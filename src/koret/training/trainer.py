@@ -29,7 +29,7 @@ from koret.training.gradients import collect_values, group_by_module, measure_no
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.measurements import Measurements, NumericFault
-from koret.training.memory import choose_micro_batch_tokens, measure_bytes_per_token, return_freed
+from koret.training.memory import choose_micro_batch_tokens, keep_freed, measure_bytes_per_token, return_freed
 from koret.training.objectives import Objective
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
 from koret.training.plan import describe_plan
@@ -108,6 +108,7 @@ class EmbeddingTrainer:
             return self.group.lead(read_run, self.run_dir)
         if self.run_dir is not None and self._resumed is None:
             raise RuntimeError(f"this trainer has been used: go on with EmbeddingTrainer.resume({str(self.run_dir)!r})")
+        keep_freed()
         self._prepare()
         self.run_dir = self.run_dir or self.group.lead(create_run, self.config.log_dir)
         agree = None if self.group.alone else self.group.find_largest
