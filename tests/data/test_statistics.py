@@ -213,7 +213,11 @@ def test_empty_set_is_no_error(tmp_path):
     statistics.save_report(found, tmp_path)
 
 
-def test_memory_does_not_grow_with_the_texts(tmp_path):
+def test_memory_does_not_grow_with_the_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "BATCH_ROWS", 64)
+    tokenizer = str(tmp_path / "tokenizer.json")
+    Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(tokenizer)
+
     def measure(articles):
         rng = random.Random(0)
         letters = [chr(0xAC00 + rng.randrange(11172)) for _ in range(5000)]
@@ -221,14 +225,19 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
             for number in range(articles):
                 text = "".join(rng.choices(letters, k=4000))
                 row = {"article": number, "heading": "", "text": text, "start": 0, "end": 4000, "tokens": -1}
-                writer.write_table(pa.Table.from_pylist([row | {"text_key": number}], PASSAGES))
-        base = make_dataset([(str(i), []) for i in range(articles)])
+                writer.write_table(pa.Table.from_pylist([row | {"text_key": number // 2}], PASSAGES))
+        asked = [("질문은?", "같은 답", "short")] * 2  # repeated texts are looked up for the report
+        base = make_dataset([(str(i), [("", asked)] if i < 2 else []) for i in range(articles)])
         mapped = pa.ipc.open_file(pa.memory_map(str(tmp_path / "p.arrow"))).read_all()
         data = Dataset(base.articles, mapped, base.questions, "", {})
+        pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
         tracemalloc.start()
-        arrow = pa.total_allocated_bytes()
-        compute_statistics(data)
-        peak = tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - arrow
+        pa.set_memory_pool(pool)
+        try:
+            compute_statistics(data, tokenizer)
+        finally:
+            pa.set_memory_pool(before)
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
         tracemalloc.stop()
         return peak
 

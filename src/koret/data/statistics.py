@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from koret.data.columns import read_column, read_lists
+from koret.data.columns import read_column, read_lists, take_rows
 from koret.data.keys import text_key
 from koret.data.passages import join_heading
 from koret.data.statistics_report import format_tables, save_report
@@ -220,7 +220,7 @@ def _find_duplicates(dataset: Dataset) -> dict[str, dict[str, Any]]:
     ):
         keys, first, counts = np.unique(read_column(table, key), return_index=True, return_counts=True)
         top = [i for i in np.argsort(-counts, kind="stable")[:10] if counts[i] > 1]
-        texts = table.column(column).take(pa.array(first[top])).to_pylist() if top else []
+        texts = take_rows(table.select([column]), first[top]).column(0).to_pylist() if top else []
         examples = [(t[0] if t else "") if column == "answers" else t for t in texts]
         found[name] = {
             "repeats": int(counts.sum() - len(keys)),
@@ -247,7 +247,7 @@ def _measure_tokens(
     step = max(-(-dataset.passages.num_rows // TOKENIZED_PASSAGES), 1)
     rows = np.arange(0, dataset.passages.num_rows, step)
     for start in range(0, len(rows), BATCH_ROWS):
-        part = dataset.passages.select(["heading", "text"]).take(pa.array(rows[start : start + BATCH_ROWS]))
+        part = take_rows(dataset.passages.select(["heading", "text"]), rows[start : start + BATCH_ROWS])
         texts = map(join_heading, part.column("heading").to_pylist(), part.column("text").to_pylist())
         counter.count("passage", [f"passage: {text}" for text in texts])
     lengths = counter.lengths.items()
