@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from koret.data import statistics
+from koret.data import statistics, statistics_report
 from koret.data.keys import normalize_answer, text_key
 from koret.data.loader import Dataset, load_dataset
 from koret.data.statistics import Distribution, classify_question, compute_statistics, find_overlap
@@ -158,9 +158,43 @@ def test_overlap_is_counted_on_both_sides(small):
     other = make_dataset([("한라산", [("백두산에는 호수가  있다.", [("가장 높은  산은 무엇인가?", "답", "short")])])])
     shared = find_overlap(small, other)
     assert (shared["titles"], shared["passages"], shared["questions"]) == (1, 1, 2)
-    assert shared["files"] == {"file.json": 2}
+    assert shared["files"] == {"file.json": 2} and shared["splits"] == [["file.json", "file.json", 2]]
     assert find_overlap(other, small)["questions"] == 1
     assert find_overlap(small, make_dataset([("다른 글", [("글월", [])])]))["questions"] == 0
+
+
+def test_overlap_says_in_which_split_of_either_set(tmp_path):
+    def write(name, numbers, version=""):
+        data = [
+            {"title": f"{name} {n}", "paragraphs": [{"context": f"{n}번 답", "qas": [
+                {"id": f"{name}-{n}", "question": f"{n}번은  무엇인가?", "answers": [{"text": "답", "answer_start": 3}]}
+            ]}]}
+            for n in numbers
+        ]  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"version": version, "data": data}), encoding="utf-8")
+
+    write("new/train/00.json", range(4), "KorQuAD_2.1_train")  # by its version
+    write("new/dev/00.json", (4, 9), "KorQuAD_2.1_dev")  # the same file name in another folder
+    write("new/KorQuAD_2.1_train_01/00.json", (5, 6))  # by its folder
+    write("new/own.json", (1,))
+    write("old/KorQuAD_v1.0_train.json", (0, 1, 5))
+    write("old/KorQuAD_v1.0_dev.json", (1, 4))
+    new, old = (load_dataset(tmp_path / name, num_workers=0, progress=False) for name in ("new", "old"))
+    shared = find_overlap(new, old)
+    assert shared["files"] == {
+        "train/00.json": 2, "KorQuAD_2.1_train_01/00.json": 1, "dev/00.json": 1, "own.json": 1,
+    }  # fmt: skip
+    assert {(here, there): count for here, there, count in shared["splits"]} == {
+        ("KorQuAD 2.1 train", "KorQuAD 1.0 train"): 3,
+        ("KorQuAD 2.1 train", "KorQuAD 1.0 dev"): 1,
+        ("KorQuAD 2.1 dev", "KorQuAD 1.0 dev"): 1,
+        ("own.json", "KorQuAD 1.0 train"): 1,
+        ("own.json", "KorQuAD 1.0 dev"): 1,
+    }
+    table = statistics_report.build_sheets(compute_statistics(new, others={"old": old}))[-1]
+    assert ("  questions of KorQuAD 2.1 train in KorQuAD 1.0 train", "3", "60.0%") in table.rows
 
 
 class ImageCounter(HTMLParser):

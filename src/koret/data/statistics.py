@@ -20,6 +20,7 @@ from koret.data.columns import read_column, read_lists, take_rows
 from koret.data.keys import text_key
 from koret.data.passages import join_heading
 from koret.data.statistics_report import format_tables, save_report
+from koret.data.totals import find_split
 
 if TYPE_CHECKING:
     from koret.data.loader import Dataset
@@ -160,24 +161,48 @@ def compute_statistics(
 def find_overlap(dataset: Dataset, other: Dataset) -> dict[str, Any]:
     """The leakage audit: how many of ``dataset``'s titles, passages and questions occur in ``other``.
 
-    Equal means equal after NFC and white-space normalisation. ``files`` says in which of the set's files the
-    shared questions are.
+    Equal means equal after NFC and white-space normalisation. ``files`` says in which of the set's files the shared
+    questions are, ``splits`` how many of each of its splits are in each split of the other: (split, other's, number).
+    A question asked in two splits of the other counts in both. A file of no official split stands for itself.
     """
     titles = [{text_key(t) for part in _read_texts(d.articles, "title") for t in part if t} for d in (dataset, other)]
     shared_passages = np.isin(read_column(dataset.passages, "text_key"), read_column(other.passages, "text_key"))
-    shared = np.isin(read_column(dataset.questions, "question_key"), read_column(other.questions, "question_key"))
-    sources = dataset.articles.column("source").take(pa.array(read_column(dataset.questions, "article")[shared]))
-    files = Counter(dict(zip(*(c.to_pylist() for c in pc.value_counts(sources).flatten()), strict=True)))
+    keys, other_keys = (read_column(d.questions, "question_key") for d in (dataset, other))
+    shared = np.isin(keys, other_keys)
+    matching = np.isin(other_keys, keys)
+    elsewhere: dict[int, set[str]] = {}
+    for key, split in zip(other_keys[matching].tolist(), _list_splits(other, matching), strict=True):
+        elsewhere.setdefault(key, set()).add(split)
+    own = zip(keys[shared].tolist(), _list_splits(dataset, shared), strict=True)
+    splits = Counter((split, there) for key, split in own for there in elsewhere[key])
     return {
         "titles": len(titles[0] & titles[1]),
         "passages": int(shared_passages.sum()),
         "questions": int(shared.sum()),
         "of": {"titles": len(titles[0]), "passages": len(shared_passages), "questions": len(shared)},
-        "files": {Path(name).name or name: count for name, count in files.most_common()},
+        "files": dict(Counter(_list_sources(dataset, shared)).most_common()),
+        "splits": [[here, there, count] for (here, there), count in splits.most_common()],
     }
 
 
 # ---- parts
+
+
+def _list_sources(dataset: Dataset, questions: np.ndarray) -> list[str]:
+    """The source of each of the questions a mask (Q,) chooses."""
+    names = dataset.articles.column("source").to_pylist()
+    return [names[article] or "" for article in read_column(dataset.questions, "article")[questions].tolist()]
+
+
+def _list_splits(dataset: Dataset, questions: np.ndarray) -> list[str]:
+    """The official split, or else the file, of each of the questions a mask (Q,) chooses."""
+    versions = {source["name"]: source["version"] for source in dataset.report.get("sources", ())}
+    sources = _list_sources(dataset, questions)
+    names = {}
+    for name in dict.fromkeys(sources):
+        split = find_split(name, versions.get(name, ""))
+        names[name] = f"KorQuAD {' '.join(split)}" if split else name.partition("!")[0]
+    return [names[name] for name in sources]
 
 
 def _read_texts(table: pa.Table, column: str) -> Iterator[list[str]]:

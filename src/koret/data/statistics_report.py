@@ -137,8 +137,8 @@ def _list_overlap(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, shared in found["overlap"].items():
         for kind in ("titles", "passages", "questions"):
             yield f"{kind} also in {name}", f"{shared[kind]:,}", _percent(shared[kind], shared["of"][kind])
-        for file, count in list(shared["files"].items())[:20]:
-            yield f"  questions of {file}", f"{count:,}", _percent(count, shared["questions"])
+        for here, there, count in shared["splits"][:20]:
+            yield f"  questions of {here} in {there}", f"{count:,}", _percent(count, shared["questions"])
 
 
 # ---- plots
