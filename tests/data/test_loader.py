@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import Counter
 
@@ -12,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from koret.data import loader
+from koret.data import assemble, loader
 from koret.data.keys import normalize_answer, text_key
 from koret.data.korquad import Article, read_articles
 from koret.data.loader import format_report, load_dataset
 from koret.data.markup import clean_html_text
+from koret.data.prepare import shard_path
 from koret.data.sources import DataError
+from koret.data.tables import TableWriter
 
 
 def make_page(number, sentences=60, answer=None, **question):
@@ -225,12 +228,27 @@ class TestBadRecords:
         for workers in (0, 2):
             dataset = load(tmp_path / "d", tmp_path / f"c{workers}", num_workers=workers)
             assert [row["id"] for row in dataset.questions.to_pylist()] == ["1", "3", "5"]
-            reasons = [(line["file"], line["id"], line["reason"]) for line in check_whole(dataset)]
-            assert sorted(reasons) == [
-                ("a.json", "2", "duplicate id, conflicting"),
-                ("b.json", "1", "duplicate id, identical"),
-                ("b.json", "2", "duplicate id, conflicting"),
+            fields = ("file", "article", "id", "reason")
+            assert sorted(tuple(line[field] for field in fields) for line in check_whole(dataset)) == [
+                ("a.json", "글 2", "2", "duplicate id, conflicting"),
+                ("b.json", "글 1", "1", "duplicate id, identical"),
+                ("b.json", "글 4", "2", "duplicate id, conflicting"),
             ]
+
+    def test_the_search_for_them_takes_little_memory(self, tmp_path):
+        def measure(shards):
+            tracemalloc.start()
+            assert assemble._find_duplicates(tmp_path, range(shards)) == {}
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return peak
+
+        for number in range(40):
+            table = TableWriter(shard_path(tmp_path, number, "questions"), loader.QUESTIONS)
+            for n in range(1000):
+                table.append((f"{1000 * number + n}", "?", 0, ["답"], "short", [0], 0, [0], [], n, 10**18 + n, 0, 1))
+            table.close()
+        assert measure(40) < measure(20) + 20_000 * 60  # bytes a question: 8, and what sorting them takes
 
     def test_a_broken_file_stops_workers_and_leaves_nothing(self, official, tmp_path):
         broken = official / "KorQuAD_2.1_train_01" / "korquad2.1_train_04.json"
