@@ -359,14 +359,20 @@ class TestOwnData:
         root = tmp_path / "beir"
         (root / "qrels").mkdir(parents=True)
         corpus = [{"_id": f"d{i}", "title": "제목" if i == 1 else "", "text": f"글 {i}"} for i in range(4)]
-        (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
-        queries = [{"_id": f"q{i}", "text": f"질문 {i}"} for i in range(3)]
+        (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, [*corpus, {"_id": "d9"}])))
+        queries = [{"_id": f"q{i}", "text": f"질문 {i}"} for i in range(3)] + [{"_id": "q9"}]
         (root / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
         (root / "qrels" / "test.tsv").write_text(
             "query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\td3\t2\nq1\td2\t1\nq2\td2\t0\n"
         )
         dataset = load(root, tmp_path / "c")
-        assert [line["reason"] for line in check_whole(dataset)] == ["no relevant document in the corpus"]
+        assert [(line["file"], line["position"], line["id"], line["reason"]) for line in check_whole(dataset)] == [
+            ("beir/corpus.jsonl", 5, "", "a document without '_id' and 'text'"),
+            ("beir/queries.jsonl", 3, "q2", "no relevant document in the corpus"),
+            ("beir/queries.jsonl", 4, "q9", "a query without '_id' and 'text'"),
+        ]
+        assert dataset.report["articles"] == {"seen": 4, "kept": 3, "rejected": 1}  # two documents are one article
+        assert dataset.report["questions"] == {"seen": 4, "kept": 2, "rejected": 2}
         passages = dataset.passages.column("text").to_pylist()
         gold = {row["id"]: [passages[i] for i in row["gold"]] for row in dataset.questions.to_pylist()}
         assert gold == {"q0": ["제목\n글 1", "글 3"], "q1": ["글 2"]}
@@ -385,8 +391,10 @@ class TestOwnData:
         ]
         (root / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
         dataset = load(root, tmp_path / "c")
-        assert len(check_whole(dataset)) == 1
+        [reject] = check_whole(dataset)
+        assert (reject["file"], reject["position"]) == ("docs/questions.jsonl", 3)
         assert dataset.articles.column("title").to_pylist() == ["설명서", "글"]
+        assert dataset.articles.column("source").to_pylist() == ["docs/b.md", "docs/sub/a.html"]
         rows = {row["text"]: row for row in dataset.questions.to_pylist()}
         assert rows["답은?"]["answers"] == ["42"] and len(rows["설치?"]["gold"]) > 2
         assert dataset.passages.column("heading")[0].as_py().startswith("설명서")

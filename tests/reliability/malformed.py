@@ -589,7 +589,15 @@ QUERIES = '{"_id": "q1", "text": "질문"}\n{"_id": "q2", "text": "왜?"}\n{"tex
 add(
     "BEIR with broken lines",
     folder_of(lambda root: make_beir(root, CORPUS, QUERIES, "q1\td1\t1\nq2\tnone\t1\nx\n")),
-    Reads(1, 1, {"corpus.jsonl": 2, "no relevant document in the corpus": 2}),
+    Reads(
+        1,
+        1,
+        {
+            "a document without '_id' and 'text'": 2,
+            "no relevant document in the corpus": 1,
+            "a query without '_id' and 'text'": 1,
+        },
+    ),
 )
 add(
     "BEIR without judgements",

@@ -41,8 +41,10 @@ class Reader:
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def reject(self, number: int, reason: str, identity: str = "") -> Reject:
-        return Reject(self.source.name, reason, number, id=identity)
+    def reject(self, number: int, reason: str, identity: str = "", file: str = "", is_article: bool = False) -> Reject:
+        """A record that cannot be used; ``file`` is the one of a folder's files it stands in."""
+        name = f"{self.source.name}/{file}" if file else self.source.name
+        return Reject(name, reason, number, id=identity, is_article=is_article)
 
 
 class PairReader(Reader, ABC):
@@ -274,7 +276,7 @@ class BeirReader(Reader):
         documents: dict[str, tuple[str, str]] = {}
         for number, record in self._read("corpus.jsonl"):
             if isinstance(record, str) or not isinstance(record.get("text"), str) or "_id" not in record:
-                yield self.reject(number, "corpus.jsonl: no '_id' and 'text'")
+                yield self.reject(number, "a document without '_id' and 'text'", file="corpus.jsonl", is_article=True)
                 continue
             title = str(record.get("title") or "").strip()
             documents[str(record["_id"])] = title, f"{title}\n{record['text']}" if title else record["text"]
@@ -285,9 +287,11 @@ class BeirReader(Reader):
             identity = "" if isinstance(record, str) else str(record.get("_id", ""))
             text = "" if isinstance(record, str) else record.get("text")
             found = [document for document in relevant.get(identity, ()) if document in documents]
-            if not isinstance(text, str) or not text.strip() or not found:
-                reason = "no relevant document in the corpus" if text else "queries.jsonl: no '_id' and 'text'"
-                yield self.reject(number, reason, identity)
+            if not identity or not isinstance(text, str) or not text.strip() or not found:
+                reason = "no relevant document in the corpus"
+                if not identity or not isinstance(text, str) or not text.strip():
+                    reason = "a query without '_id' and 'text'"
+                yield self.reject(number, reason, identity, "queries.jsonl")
                 continue
             root = _find_root(owner, found[0])
             for document in found[1:]:
@@ -348,7 +352,7 @@ class DocumentReader(Reader):
                 try:
                     name, question = _read_question(record, f"{self.source.name}:{number}", names)
                 except ValueError as error:
-                    yield self.reject(number, str(error))
+                    yield self.reject(number, str(error), file="questions.jsonl")
                     continue
                 asked.setdefault(name, []).append(question)
         for position, (name, path) in enumerate(names.items()):
@@ -364,7 +368,8 @@ class DocumentReader(Reader):
         if not is_html:
             text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
         title = titled[1].strip() if titled else path.stem
-        return Article(title, (text,), questions, True, name, self.source.name, position, is_clean=not is_html)
+        place = f"{self.source.name}/{name}"
+        return Article(title, (text,), questions, True, name, place, position, is_clean=not is_html)
 
 
 def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Path]) -> tuple[str, Question]:
