@@ -185,7 +185,7 @@ class TestBadRecords:
         dataset = load(write(tmp_path / "a.json", pages), tmp_path / "c")
         rejects = check_whole(dataset)
         assert {line["id"]: line["reason"].partition(":")[0] for line in rejects} == {
-            "2": "answer_start is wrong and the answer occurs more than once",
+            "2": "answer_start is wrong or missing and the answer occurs more than once",
             "3": "the answer is not in the context",
             "4": "the answer is empty once cleaned",
             "x": "not a valid question",
@@ -398,6 +398,28 @@ class TestOwnData:
         rows = {row["text"]: row for row in dataset.questions.to_pylist()}
         assert rows["답은?"]["answers"] == ["42"] and len(rows["설치?"]["gold"]) > 2
         assert dataset.passages.column("heading")[0].as_py().startswith("설명서")
+
+    def test_answers_to_documents_are_quoted_as_they_read(self, tmp_path):
+        root = tmp_path / "docs"
+        root.mkdir()
+        (root / "a.html").write_text(
+            "<html><head><TITLE lang='ko'>설치 &amp; 실행</TITLE></head><body><nav>내려받기</nav><p>내려받기는 "
+            "<b>42</b>초,<br>AT&amp;T 회선에서 <i>둘</i> 걸린다. 둘째 줄.</p></body></html>",
+            encoding="utf-8",
+        )
+        asked = {"가": "42초", "나": "AT&T 회선", "다": "내려받기", "라": "둘", "마": "없는 말", "바": "설치"}
+        lines = [{"question": q, "answer": a, "file": "a.html", "id": q} for q, a in asked.items()]
+        (root / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        dataset = load(root, tmp_path / "c")
+        assert {line["id"]: line["reason"] for line in check_whole(dataset)} == {
+            "라": "answer_start is wrong or missing and the answer occurs more than once",
+            "마": "the answer is not in the context",
+            "바": "the answer is not in the context",  # only in the title, which is not text
+        }
+        text = clean_html_text((root / "a.html").read_text(encoding="utf-8"))
+        for row in dataset.questions.to_pylist():
+            assert row["answers"] == [asked[row["id"]]] == [text[row["answer_start"] : row["answer_end"]]]
+        assert dataset.articles.column("title").to_pylist() == ["설치 & 실행"]
 
 
 def test_a_script_without_a_main_guard_works(official, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from koret.data.korquad import Answer, Article, Question, Reject, looks_like_html
+from koret.data.markup import clean_html_text
 from koret.data.sources import DOCUMENT_SUFFIXES, DataError, Source, natural_key, open_source
 
 # The names a field goes by; the first is the one the documentation uses.
@@ -364,12 +365,12 @@ class DocumentReader(Reader):
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it") from None
         is_html = path.suffix.lower() in (".html", ".htm")
-        titled = re.search(r"<title>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE)
+        titled = re.search(r"<title[^<>]*>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE | re.I)
         if not is_html:
             text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
-        title = titled[1].strip() if titled else path.stem
+        title = (clean_html_text(titled[1]) if is_html else titled[1].strip()) if titled else ""
         place = f"{self.source.name}/{name}"
-        return Article(title, (text,), questions, True, name, place, position, is_clean=not is_html)
+        return Article(title or path.stem, (text,), questions, True, name, place, position, is_clean=not is_html)
 
 
 def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Path]) -> tuple[str, Question]:
