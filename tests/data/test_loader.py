@@ -96,6 +96,24 @@ class TestPreparing:
             text = dataset.passages.column("text")[row["best"]].as_py()
             assert row["answers"][0] in text and row["answers"] == [f"답{row['id']}"]
 
+    def test_totals_are_known_by_name_folder_or_version(self, tmp_path):
+        write(tmp_path / "d" / "part 1.json", [make_page(1)])
+        write(tmp_path / "d" / "KorQuAD_2.0_dev_00" / "01.json", [make_page(2)], version="")
+        write(tmp_path / "d" / "mine.json", [make_page(3)], version="own")
+        assert load(tmp_path / "d", tmp_path / "c").report["notes"] == [
+            "KorQuAD 2.1 train has 38,496 articles and 83,486 questions, these files 1 and 1",
+            "KorQuAD 2.0 dev has 4,736 articles and 10,165 questions, these files 1 and 1",
+        ]
+
+    def test_an_answer_that_no_passage_holds_is_counted(self, tmp_path):
+        page = make_page(1, sentences=80)
+        answer = page["context"][page["context"].index("<p>") : page["context"].rindex("</p>")]
+        page["qas"][0]["answer"] = {"text": answer, "answer_start": page["context"].index(answer)}
+        dataset = load(write(tmp_path / "a.json", [page, make_page(2)]), tmp_path / "c", passage_tokens=64)
+        first, _ = dataset.questions.to_pylist()
+        assert dataset.report["wide_answers"] == 1 and len(first["gold"]) > 10
+        assert "1 answer that no passage holds whole" in format_report(dataset.report)
+
     def test_rows_do_not_depend_on_workers(self, official, tmp_path):
         alone = load(official, tmp_path / "a")
         together = load(official, tmp_path / "b", num_workers=2)

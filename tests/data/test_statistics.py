@@ -63,7 +63,7 @@ def small():
             ("백두산", [("백두산에는 호수가 있다.", [("가장 높은 산은 무엇인가?", "한라산은", "sentence")])]),
             ("빈 글", [("글", [])]),
         ],
-        report={"reasons": {"offset": 3, "empty answer": 1}, "moved_answers": 2},
+        report={"reasons": {"offset": 3, "empty answer": 1}, "moved_answers": 2, "wide_answers": 5},
     )
 
 
@@ -87,6 +87,7 @@ def test_small_set_by_hand(small):
     assert found["duplicates"]["passages"]["repeats"] == 1
     assert found["duplicates"]["answers"]["most_frequent"] == [["한라산", 2]]
     assert found["losses"] == {"offset": 3, "empty answer": 1}
+    assert (found["moved_answers"], found["wide_answers"]) == (2, 5)
     assert found["lengths"]["characters"]["answer"]["mean"] == pytest.approx(8 / 3)
     assert (found["questions_per_article"]["max"], found["questions_per_article"]["p5"]) == (2, 0)
     assert found["tokens"] is None
@@ -235,7 +236,7 @@ def test_tables_show_every_figure(small):
     for table in statistics.format_tables(compute_statistics(small, others={"[bold]": small})):
         console.print(table)
     text = console.file.getvalue()
-    expected = "무엇 (what)|66.7%|한라산|offset|only occurrence|questions also in [bold]|question, characters"
+    expected = "무엇 (what)|66.7%|한라산|offset|only occurrence|the whole answer|questions also in [bold]"
     for part in expected.split("|"):
         assert part in text
 

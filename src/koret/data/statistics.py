@@ -150,6 +150,7 @@ def compute_statistics(
         "duplicates": _find_duplicates(dataset),
         "losses": dict(dataset.report.get("reasons", {})),
         "moved_answers": dataset.report.get("moved_answers", 0),
+        "wide_answers": dataset.report.get("wide_answers", 0),
         "tokens": None,
         "overlap": {name: find_overlap(dataset, other) for name, other in (others or {}).items()},
     }

@@ -116,6 +116,8 @@ def _list_losses(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = [(reason, f"{count:,}") for reason, count in found["losses"].items()]
     if found["moved_answers"]:
         rows.append(("kept, but found at the only occurrence of the text", f"{found['moved_answers']:,}"))
+    if found["wide_answers"]:
+        rows.append(("kept, but no passage holds the whole answer", f"{found['wide_answers']:,}"))
     return rows
 
 
