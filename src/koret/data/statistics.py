@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["classify_question", "compute_statistics", "find_overlap", "format_tables", "save_report"]
 
 BATCH_ROWS = 4096
+ENCODED_TEXTS = 256  # at a time: what a tokenizer returns is a hundred times the text
 TOKENIZED_PASSAGES = 20000  # lengths in tokens are measured on this many passages, evenly spread
 QUANTILES = (5, 25, 50, 75, 90, 95, 99)
 
@@ -267,15 +269,15 @@ def _measure_tokens(
     tokenizer.no_padding()
     counter = _TokenCounter(tokenizer, max_seq_length)
     for texts in _read_texts(dataset.questions, "text"):
-        counter.count("question", [f"query: {text}" for text in texts])
+        counter.count("question", (f"query: {text}" for text in texts))
     for batch in dataset.questions.select(["answers"]).to_batches(max_chunksize=BATCH_ROWS):
-        counter.count("answer", [f"passage: {a[0]}" for a in batch.column(0).to_pylist() if a])
+        counter.count("answer", (f"passage: {a[0]}" for a in batch.column(0).to_pylist() if a))
     step = max(-(-dataset.passages.num_rows // TOKENIZED_PASSAGES), 1)
     rows = np.arange(0, dataset.passages.num_rows, step)
     for start in range(0, len(rows), BATCH_ROWS):
         part = take_rows(dataset.passages.select(["heading", "text"]), rows[start : start + BATCH_ROWS])
         texts = map(join_heading, part.column("heading").to_pylist(), part.column("text").to_pylist())
-        counter.count("passage", [f"passage: {text}" for text in texts])
+        counter.count("passage", (f"passage: {text}" for text in texts))
     lengths = counter.lengths.items()
     return {name: d.summarize() for name, d in lengths}, {
         "tokenizer": str(path),
@@ -297,8 +299,12 @@ class _TokenCounter:
         self.truncated: Counter[str] = Counter()
         self.tokens = self.unknown = self.words = self.unknown_words = 0
 
-    def count(self, name: str, texts: list[str]) -> None:
-        encodings = self.tokenizer.encode_batch(texts)
+    def count(self, name: str, texts: Iterable[str]) -> None:
+        texts = iter(texts)
+        while some := list(islice(texts, ENCODED_TEXTS)):
+            self._add(name, self.tokenizer.encode_batch(some))
+
+    def _add(self, name: str, encodings: list[Any]) -> None:
         lengths = np.array([len(e.ids) for e in encodings], dtype=np.int64)
         self.lengths[name].add(lengths)
         self.truncated[name] += int((lengths > self.limit).sum())
