@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -144,6 +146,16 @@ class TestPreparing:
             best = dataset.passages.slice(row["best"], 1).to_pylist()[0]
             assert best["start"] <= row["answer_start"] and row["answer_end"] <= best["end"]
             assert best["heading"].startswith(article["title"])
+
+    def test_passages_are_the_same_whatever_is_asked(self, official, tmp_path):
+        asked = load(official, tmp_path / "c", passage_tokens=64).passages
+        for file in official.rglob("*.json"):
+            whole = json.loads(file.read_text(encoding="utf-8"))
+            for page in whole["data"]:
+                start = page["context"].index("글의 3번째")  # another answer, in another passage
+                page["qas"][0]["answer"] = {"text": "글의 3번째", "answer_start": start}
+            file.write_text(json.dumps(whole), encoding="utf-8")
+        assert load(official, tmp_path / "c", passage_tokens=64).passages.equals(asked)
 
     def test_smaller_budgets_make_more_passages(self, official, tmp_path):
         counts = [load(official, tmp_path / "c", passage_tokens=n).passages.num_rows for n in (64, 128, 512)]
@@ -306,6 +318,17 @@ class TestSecondStart:
         }
         assert len(folders) == 5
 
+    def test_changed_code_rebuilds(self, official, tmp_path, monkeypatch):
+        code = tmp_path / "data"
+        shutil.copytree(Path(loader.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "*.so"))
+        monkeypatch.setattr(loader, "__file__", str(code / "loader.py"))
+        folders = [load(official, tmp_path / "c").directory]
+        for name in ("regions.py", "csrc/tags.c"):
+            assert load(official, tmp_path / "c").directory == folders[-1]
+            (code / name).write_text((code / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+            folders.append(load(official, tmp_path / "c").directory)
+        assert len(set(folders)) == 3
+
     def test_the_fingerprint_follows_content_not_place(self, official, tmp_path):
         first = load(official, tmp_path / "a")
         os.utime(next(official.rglob("*.json")), ns=(1, 1))
@@ -340,6 +363,7 @@ class TestOwnData:
         dataset = load(path, tmp_path / "c")
         rejects = check_whole(dataset)
         assert [line["position"] for line in rejects] == [4, 5, 6, 7]
+        assert [line["id"] for line in rejects] == [f"pairs.jsonl:{number}" for number in (4, 5, 6, 7)]
         assert dataset.articles.column("title").to_pylist() == ["", "문서"]
         passages = dataset.passages.column("text").to_pylist()
         one, two, three = dataset.questions.to_pylist()

@@ -58,10 +58,12 @@ class PairReader(Reader, ABC):
     def __iter__(self) -> Iterator[Article | Reject]:
         groups: dict[object, _Group] = {}
         for number, record in self.read_records():
+            place = f"{self.source.name}:{number}"
             try:
-                pair = _read_pair(record, f"{self.source.name}:{number}")
+                pair = _read_pair(record, place)
             except ValueError as error:
-                yield self.reject(number, str(error), str(record.get("id", "")) if isinstance(record, dict) else "")
+                given = record.get("id") if isinstance(record, dict) else None
+                yield self.reject(number, str(error), place if given in (None, "") else str(given))
                 continue
             key = ("article", pair.article) if pair.article else ("positive", pair.positives[0])
             groups.setdefault(key, _Group(pair.article, pair.url, number)).add(pair)
