@@ -20,8 +20,8 @@ from koret.data.keys import normalize_answer, text_key
 from koret.data.korquad import Article, read_articles
 from koret.data.loader import format_report, load_dataset
 from koret.data.markup import clean_html_text
-from koret.data.prepare import shard_path
-from koret.data.sources import DataError
+from koret.data.prepare import Settings, prepare_source, shard_path
+from koret.data.sources import DataError, find_sources
 from koret.data.tables import TableWriter
 
 
@@ -287,6 +287,30 @@ class TestBadRecords:
             with pytest.raises(DataError, match=r"korquad2\.1_train_04\.json is cut off after 3 whole articles"):
                 load(official, tmp_path / "cache", num_workers=workers)
         assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+class TestMemory:
+    def test_does_not_grow_with_the_articles(self, tmp_path):
+        """One article at a time is held, and a few megabytes of rows that wait to be written."""
+
+        def measure(articles):
+            pages = [make_page(number, 600) for number in range(articles)]
+            for page in pages:
+                page["raw_html"] = page["context"] * 5
+            source = find_sources(write(tmp_path / f"{articles}.json", pages))[0][0]
+            pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+            tracemalloc.start()
+            pa.set_memory_pool(pool)
+            try:
+                assert prepare_source(source, Settings(page_tokens=64), tmp_path, 0).articles_kept == articles
+            finally:
+                pa.set_memory_pool(before)
+            peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+            tracemalloc.stop()
+            return peak, source.size
+
+        (few, _), (many, size) = measure(40), measure(160)
+        assert size > 40_000_000 and many < few + 2_000_000
 
 
 class TestSecondStart:
