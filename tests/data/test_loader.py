@@ -361,6 +361,18 @@ class TestSecondStart:
         write(tmp_path / "elsewhere" / "z.json", [make_page(77)])
         assert load(tmp_path / "elsewhere", tmp_path / "b").fingerprint != first.fingerprint
 
+    def test_what_a_killed_run_left_is_cleared(self, official, tmp_path):
+        first = load(official, tmp_path / "c")
+        left = first.directory.with_name(f".staging-{first.directory.name}")
+        first.directory.rename(left)
+        (left / "shards").mkdir()
+        (left / "shards" / "00000.passages.arrow").write_bytes(b"half")
+        again = load(official, tmp_path / "c")
+        assert again.fingerprint == first.fingerprint and not left.exists()
+        assert {p.name for p in again.directory.iterdir()} == {
+            "articles.arrow", "passages.arrow", "questions.arrow", "rejects.jsonl", "manifest.json",
+        }  # fmt: skip
+
     def test_damage_is_noticed(self, official, tmp_path):
         first = load(official, tmp_path / "c")
         table = first.directory / "questions.arrow"
@@ -433,9 +445,9 @@ class TestOwnData:
         )
         dataset = load(root, tmp_path / "c")
         assert [(line["file"], line["position"], line["id"], line["reason"]) for line in check_whole(dataset)] == [
-            ("beir/corpus.jsonl", 5, "", "a document without '_id' and 'text'"),
-            ("beir/queries.jsonl", 3, "q2", "no relevant document in the corpus"),
-            ("beir/queries.jsonl", 4, "q9", "a query without '_id' and 'text'"),
+            ("corpus.jsonl", 5, "", "a document without '_id' and 'text'"),
+            ("queries.jsonl", 3, "q2", "no relevant document in the corpus"),
+            ("queries.jsonl", 4, "q9", "a query without '_id' and 'text'"),
         ]
         assert dataset.report["articles"] == {"seen": 4, "kept": 3, "rejected": 1}  # two documents are one article
         assert dataset.report["questions"] == {"seen": 4, "kept": 2, "rejected": 2}
@@ -444,7 +456,7 @@ class TestOwnData:
         assert gold == {"q0": ["제목\n글 1", "글 3"], "q1": ["글 2"]}
 
     def test_documents_with_questions_apart(self, tmp_path):
-        root = tmp_path / "docs"
+        root = tmp_path / "above" / "docs"
         (root / "sub").mkdir(parents=True)
         (root / "sub" / "a.html").write_text(
             "<html><head><title>글</title></head><body><h2>절</h2><p>답은 <b>42</b>다.</p></body></html>"
@@ -458,9 +470,12 @@ class TestOwnData:
         (root / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
         dataset = load(root, tmp_path / "c")
         [reject] = check_whole(dataset)
-        assert (reject["file"], reject["position"]) == ("docs/questions.jsonl", 3)
+        assert (reject["file"], reject["position"], reject["id"]) == ("questions.jsonl", 3, "questions.jsonl:3")
         assert dataset.articles.column("title").to_pylist() == ["설명서", "글"]
-        assert dataset.articles.column("source").to_pylist() == ["docs/b.md", "docs/sub/a.html"]
+        assert dataset.articles.column("source").to_pylist() == ["b.md", "sub/a.html"]
+        above = load(root.parent, tmp_path / "c")  # the same folder, as one of those in another
+        assert above.articles.column("source").to_pylist() == ["docs/b.md", "docs/sub/a.html"]
+        assert [line["file"] for line in check_whole(above)] == ["docs/questions.jsonl"]
         rows = {row["text"]: row for row in dataset.questions.to_pylist()}
         assert rows["답은?"]["answers"] == ["42"] and len(rows["설치?"]["gold"]) > 2
         assert dataset.passages.column("heading")[0].as_py().startswith("설명서")

@@ -44,8 +44,12 @@ class Reader:
 
     def reject(self, number: int, reason: str, identity: str = "", file: str = "", is_article: bool = False) -> Reject:
         """A record that cannot be used; ``file`` is the one of a folder's files it stands in."""
-        name = f"{self.source.name}/{file}" if file else self.source.name
+        name = self.name_file(file) if file else self.source.name
         return Reject(name, reason, number, id=identity, is_article=is_article)
+
+    def name_file(self, file: str) -> str:
+        """A file of a folder, relative to what the user named as every source is."""
+        return file if self.source.name == "." else f"{self.source.name}/{file}"
 
 
 class PairReader(Reader, ABC):
@@ -314,12 +318,12 @@ class BeirReader(Reader):
             for identity, text, found in asked.get(document, ())
         ]
         contexts = tuple(documents[document][1] for document in members)
-        title = documents[members[0]][0]
-        return Article(title, contexts, tuple(questions), False, source=self.source.name, position=position)
+        title, source = documents[members[0]][0], self.name_file("corpus.jsonl")
+        return Article(title, contexts, tuple(questions), False, source=source, position=position)
 
     def _read(self, name: str) -> Iterator[Numbered]:
         with open(self.source.path / name, "rb") as file:
-            yield from read_json_lines(file, f"{self.source.name}/{name}")
+            yield from read_json_lines(file, self.name_file(name))
 
     def _read_relevant(self) -> dict[str, list[str]]:
         relevant: dict[str, list[str]] = {}
@@ -329,7 +333,7 @@ class BeirReader(Reader):
                 if len(parts) >= 3 and re.fullmatch(r"-?\d+(\.\d+)?", parts[-1].strip()) and float(parts[-1]) > 0:
                     relevant.setdefault(parts[0], []).append(parts[-2])
         if not relevant:
-            raise DataError(f"{self.source.name}/qrels holds no .tsv with lines of query-id, corpus-id, score")
+            raise DataError(f"{self.name_file('qrels')} holds no .tsv with lines of query-id, corpus-id, score")
         return {query: list(dict.fromkeys(found)) for query, found in relevant.items()}
 
 
@@ -350,12 +354,13 @@ class DocumentReader(Reader):
         files = sorted((p for p in root.rglob("*") if p.suffix.lower() in DOCUMENT_SUFFIXES), key=lambda p: str(p))
         names = {path.relative_to(root).as_posix(): path for path in sorted(files, key=lambda p: natural_key(str(p)))}
         asked: dict[str, list[Question]] = {}
+        listed = self.name_file("questions.jsonl")
         with open(root / "questions.jsonl", "rb") as file:
-            for number, record in read_json_lines(file, f"{self.source.name}/questions.jsonl"):
+            for number, record in read_json_lines(file, listed):
                 try:
-                    name, question = _read_question(record, f"{self.source.name}:{number}", names)
+                    name, question = _read_question(record, f"{listed}:{number}", names)
                 except ValueError as error:
-                    yield self.reject(number, str(error), file="questions.jsonl")
+                    yield self.reject(number, str(error), f"{listed}:{number}", "questions.jsonl")
                     continue
                 asked.setdefault(name, []).append(question)
         for position, (name, path) in enumerate(names.items()):
@@ -371,7 +376,7 @@ class DocumentReader(Reader):
         if not is_html:
             text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
         title = (clean_html_text(titled[1]) if is_html else titled[1].strip()) if titled else ""
-        place = f"{self.source.name}/{name}"
+        place = self.name_file(name)
         return Article(title or path.stem, (text,), questions, True, name, place, position, is_clean=not is_html)
 
 
