@@ -341,6 +341,17 @@ class TestRealMarkup:
             assert letters(clean_html_text(article["context"])) == letters(tree.text_content())
 
 
+def test_same_letters_as_another_parser_on_every_page_of_the_sample(request):
+    pages = json.loads((request.config.rootpath / SAMPLE).read_text(encoding="utf-8"))["data"]
+    for page in (article["context"] for article in pages):
+        body = page.partition("검색하러 가기</a>")[2].rpartition('<div>원본 주소 "')[0]
+        tree = lxml_html.fragment_fromstring(body, create_parent="div")
+        left_out = "//div[div/h2[text()='목차']] | //table[tbody/tr[1]//abbr[text()='v']] | //style | //script"
+        for node in [*tree.xpath(left_out), *(n for n in tree.iter("sup", "span") if is_furniture(n))]:
+            node.drop_tree()
+        assert letters(clean_html_text(page)) == letters(tree.text_content())
+
+
 HOSTILE = {
     "angle brackets": "<" * 1_000_000,
     "comment openings": "<!--" * 250_000,
