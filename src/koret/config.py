@@ -50,6 +50,12 @@ class TrainingConfig:
         "data",
         least=16,
     )
+    passage_overlap: float = _knob(
+        0.0, "share of a passage repeated at the start of the next", "data", least=0.0, below=0.5
+    )
+    max_bad: float = _knob(
+        0.001, "stop above this share of bad records; by default ten may always pass", "data", least=0.0, most=1.0
+    )
     positives: Literal["passage", "answer", "both"] = _knob(
         "passage", "what a question is pulled towards: the passage holding its answer, the answer text, or both", "data"
     )

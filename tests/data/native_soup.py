@@ -9,7 +9,7 @@ PIECES = (
 <th> <tr> </tr> <table> </table> <TABLE> <li> </li> <ul> </ul> <ol> <h1> <h2> </h2> <h3> <h6> </h6>
 <h7> <dt> <dd> <dl> <rt> </rt> <rp> </rp> <ruby> ↑ <math> </math> <annotation> </annotation>
 {\\displaystyle <script> </script> <style> <STYLE> </style > <head> </head> <body> <title>
-<template> <svg/> <![CDATA[ ]]> <figcaption> <blockquote> <blockquotes> <h> <1> & &amp &amp;
+<template> <svg/> <nav> </nav> <![CDATA[ ]]> <figcaption> <blockquote> <blockquotes> <h> <1> & &amp &amp;
 &amp;lt; &lt; &nbsp; &#x &#x; &#x1F600; &#xD800; &#0; &#1; &#65 &#12345678901234567890123
 &#x12345678901234567 &copy &notin; &zzzz; &a; ="a>b" =' =" = "x" title="a <b>" 편집 [</span>
 ]</span></span> </a></span> <a>↑</a></span> 목차</h2> >v</abbr> 출처 필요 검색하러 가기</a> >원본 주소 " # ## - | /

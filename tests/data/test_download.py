@@ -159,6 +159,17 @@ def test_all_zips_arrive_in_the_official_layout_two_at_a_time(site, tmp_path):
     assert report.received == sum(len(site.files[path]) for path in list_files("korquad-2.1"))
 
 
+def test_lines_of_several_files_do_not_mix(site, tmp_path):
+    speaking = threading.Lock()
+
+    def announce(line):
+        assert speaking.acquire(blocking=False), "two files spoke at once"
+        time.sleep(0.005)
+        speaking.release()
+
+    fetch(site, tmp_path, "korquad-2.1", jobs=8, announce=announce)
+
+
 def test_complete_files_are_verified_and_kept_without_a_request(site, tmp_path):
     fetch(site, tmp_path)
     site.asked.clear()

@@ -222,6 +222,13 @@ class TestBadRecords:
         assert {r.position: r.reason.split("'")[0] for r in rejects}.keys() == {2, 4}
         assert len(articles) == 4
 
+    def test_strict_reads_what_stands_beside_the_articles(self, tmp_path):
+        path = write(tmp_path / "a.json", [make_page(number) for number in range(3)])
+        path.write_text(path.read_text().replace('"data"', '"about": {"made": [1,, 2 x]}, "data"'))
+        assert len(split(read_articles(path))[0]) == 3
+        with pytest.raises(DataError, match=r"a\.json is not valid JSON near byte 42"):
+            list(read_articles(path, strict=True))
+
 
 class TestBadFiles:
     @pytest.mark.parametrize(

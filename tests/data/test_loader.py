@@ -3,21 +3,26 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from koret.data import loader
+from koret.data import assemble, loader
 from koret.data.keys import normalize_answer, text_key
 from koret.data.korquad import Article, read_articles
 from koret.data.loader import format_report, load_dataset
 from koret.data.markup import clean_html_text
-from koret.data.sources import DataError
+from koret.data.prepare import Settings, prepare_source, shard_path
+from koret.data.sources import DataError, find_sources
+from koret.data.tables import TableWriter
 
 
 def make_page(number, sentences=60, answer=None, **question):
@@ -93,6 +98,24 @@ class TestPreparing:
             text = dataset.passages.column("text")[row["best"]].as_py()
             assert row["answers"][0] in text and row["answers"] == [f"답{row['id']}"]
 
+    def test_totals_are_known_by_name_folder_or_version(self, tmp_path):
+        write(tmp_path / "d" / "part 1.json", [make_page(1)])
+        write(tmp_path / "d" / "KorQuAD_2.0_dev_00" / "01.json", [make_page(2)], version="")
+        write(tmp_path / "d" / "mine.json", [make_page(3)], version="own")
+        assert load(tmp_path / "d", tmp_path / "c").report["notes"] == [
+            "KorQuAD 2.1 train has 38,496 articles and 83,486 questions, these files 1 and 1",
+            "KorQuAD 2.0 dev has 4,736 articles and 10,165 questions, these files 1 and 1",
+        ]
+
+    def test_an_answer_that_no_passage_holds_is_counted(self, tmp_path):
+        page = make_page(1, sentences=80)
+        answer = page["context"][page["context"].index("<p>") : page["context"].rindex("</p>")]
+        page["qas"][0]["answer"] = {"text": answer, "answer_start": page["context"].index(answer)}
+        dataset = load(write(tmp_path / "a.json", [page, make_page(2)]), tmp_path / "c", passage_tokens=64)
+        first, _ = dataset.questions.to_pylist()
+        assert dataset.report["wide_answers"] == 1 and len(first["gold"]) > 10
+        assert "1 answer that no passage holds whole" in format_report(dataset.report)
+
     def test_rows_do_not_depend_on_workers(self, official, tmp_path):
         alone = load(official, tmp_path / "a")
         together = load(official, tmp_path / "b", num_workers=2)
@@ -123,6 +146,16 @@ class TestPreparing:
             best = dataset.passages.slice(row["best"], 1).to_pylist()[0]
             assert best["start"] <= row["answer_start"] and row["answer_end"] <= best["end"]
             assert best["heading"].startswith(article["title"])
+
+    def test_passages_are_the_same_whatever_is_asked(self, official, tmp_path):
+        asked = load(official, tmp_path / "c", passage_tokens=64).passages
+        for file in official.rglob("*.json"):
+            whole = json.loads(file.read_text(encoding="utf-8"))
+            for page in whole["data"]:
+                start = page["context"].index("글의 3번째")  # another answer, in another passage
+                page["qas"][0]["answer"] = {"text": "글의 3번째", "answer_start": start}
+            file.write_text(json.dumps(whole), encoding="utf-8")
+        assert load(official, tmp_path / "c", passage_tokens=64).passages.equals(asked)
 
     def test_smaller_budgets_make_more_passages(self, official, tmp_path):
         counts = [load(official, tmp_path / "c", passage_tokens=n).passages.num_rows for n in (64, 128, 512)]
@@ -182,7 +215,7 @@ class TestBadRecords:
         dataset = load(write(tmp_path / "a.json", pages), tmp_path / "c")
         rejects = check_whole(dataset)
         assert {line["id"]: line["reason"].partition(":")[0] for line in rejects} == {
-            "2": "answer_start is wrong and the answer occurs more than once",
+            "2": "answer_start is wrong or missing and the answer occurs more than once",
             "3": "the answer is not in the context",
             "4": "the answer is empty once cleaned",
             "x": "not a valid question",
@@ -225,12 +258,27 @@ class TestBadRecords:
         for workers in (0, 2):
             dataset = load(tmp_path / "d", tmp_path / f"c{workers}", num_workers=workers)
             assert [row["id"] for row in dataset.questions.to_pylist()] == ["1", "3", "5"]
-            reasons = [(line["file"], line["id"], line["reason"]) for line in check_whole(dataset)]
-            assert sorted(reasons) == [
-                ("a.json", "2", "duplicate id, conflicting"),
-                ("b.json", "1", "duplicate id, identical"),
-                ("b.json", "2", "duplicate id, conflicting"),
+            fields = ("file", "article", "id", "reason")
+            assert sorted(tuple(line[field] for field in fields) for line in check_whole(dataset)) == [
+                ("a.json", "글 2", "2", "duplicate id, conflicting"),
+                ("b.json", "글 1", "1", "duplicate id, identical"),
+                ("b.json", "글 4", "2", "duplicate id, conflicting"),
             ]
+
+    def test_the_search_for_them_takes_little_memory(self, tmp_path):
+        def measure(shards):
+            tracemalloc.start()
+            assert assemble._find_duplicates(tmp_path, range(shards)) == {}
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return peak
+
+        for number in range(40):
+            table = TableWriter(shard_path(tmp_path, number, "questions"), loader.QUESTIONS)
+            for n in range(1000):
+                table.append((f"{1000 * number + n}", "?", 0, ["답"], "short", [0], 0, [0], [], n, 10**18 + n, 0, 1))
+            table.close()
+        assert measure(40) < measure(20) + 20_000 * 60  # bytes a question: 8, and what sorting them takes
 
     def test_a_broken_file_stops_workers_and_leaves_nothing(self, official, tmp_path):
         broken = official / "KorQuAD_2.1_train_01" / "korquad2.1_train_04.json"
@@ -239,6 +287,30 @@ class TestBadRecords:
             with pytest.raises(DataError, match=r"korquad2\.1_train_04\.json is cut off after 3 whole articles"):
                 load(official, tmp_path / "cache", num_workers=workers)
         assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+class TestMemory:
+    def test_does_not_grow_with_the_articles(self, tmp_path):
+        """One article at a time is held, and a few megabytes of rows that wait to be written."""
+
+        def measure(articles):
+            pages = [make_page(number, 600) for number in range(articles)]
+            for page in pages:
+                page["raw_html"] = page["context"] * 5
+            source = find_sources(write(tmp_path / f"{articles}.json", pages))[0][0]
+            pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+            tracemalloc.start()
+            pa.set_memory_pool(pool)
+            try:
+                assert prepare_source(source, Settings(page_tokens=64), tmp_path, 0).articles_kept == articles
+            finally:
+                pa.set_memory_pool(before)
+            peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+            tracemalloc.stop()
+            return peak, source.size
+
+        (few, _), (many, size) = measure(40), measure(160)
+        assert size > 40_000_000 and many < few + 4_000_000
 
 
 class TestSecondStart:
@@ -270,6 +342,17 @@ class TestSecondStart:
         }
         assert len(folders) == 5
 
+    def test_changed_code_rebuilds(self, official, tmp_path, monkeypatch):
+        code = tmp_path / "data"
+        shutil.copytree(Path(loader.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "*.so"))
+        monkeypatch.setattr(loader, "__file__", str(code / "loader.py"))
+        folders = [load(official, tmp_path / "c").directory]
+        for name in ("regions.py", "csrc/tags.c"):
+            assert load(official, tmp_path / "c").directory == folders[-1]
+            (code / name).write_text((code / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+            folders.append(load(official, tmp_path / "c").directory)
+        assert len(set(folders)) == 3
+
     def test_the_fingerprint_follows_content_not_place(self, official, tmp_path):
         first = load(official, tmp_path / "a")
         os.utime(next(official.rglob("*.json")), ns=(1, 1))
@@ -277,6 +360,18 @@ class TestSecondStart:
         assert load(tmp_path / "elsewhere", tmp_path / "b").fingerprint == first.fingerprint
         write(tmp_path / "elsewhere" / "z.json", [make_page(77)])
         assert load(tmp_path / "elsewhere", tmp_path / "b").fingerprint != first.fingerprint
+
+    def test_what_a_killed_run_left_is_cleared(self, official, tmp_path):
+        first = load(official, tmp_path / "c")
+        left = first.directory.with_name(f".staging-{first.directory.name}")
+        first.directory.rename(left)
+        (left / "shards").mkdir()
+        (left / "shards" / "00000.passages.arrow").write_bytes(b"half")
+        again = load(official, tmp_path / "c")
+        assert again.fingerprint == first.fingerprint and not left.exists()
+        assert {p.name for p in again.directory.iterdir()} == {
+            "articles.arrow", "passages.arrow", "questions.arrow", "rejects.jsonl", "manifest.json",
+        }  # fmt: skip
 
     def test_damage_is_noticed(self, official, tmp_path):
         first = load(official, tmp_path / "c")
@@ -304,6 +399,7 @@ class TestOwnData:
         dataset = load(path, tmp_path / "c")
         rejects = check_whole(dataset)
         assert [line["position"] for line in rejects] == [4, 5, 6, 7]
+        assert [line["id"] for line in rejects] == [f"pairs.jsonl:{number}" for number in (4, 5, 6, 7)]
         assert dataset.articles.column("title").to_pylist() == ["", "문서"]
         passages = dataset.passages.column("text").to_pylist()
         one, two, three = dataset.questions.to_pylist()
@@ -341,20 +437,26 @@ class TestOwnData:
         root = tmp_path / "beir"
         (root / "qrels").mkdir(parents=True)
         corpus = [{"_id": f"d{i}", "title": "제목" if i == 1 else "", "text": f"글 {i}"} for i in range(4)]
-        (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
-        queries = [{"_id": f"q{i}", "text": f"질문 {i}"} for i in range(3)]
+        (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, [*corpus, {"_id": "d9"}])))
+        queries = [{"_id": f"q{i}", "text": f"질문 {i}"} for i in range(3)] + [{"_id": "q9"}]
         (root / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
         (root / "qrels" / "test.tsv").write_text(
             "query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\td3\t2\nq1\td2\t1\nq2\td2\t0\n"
         )
         dataset = load(root, tmp_path / "c")
-        assert [line["reason"] for line in check_whole(dataset)] == ["no relevant document in the corpus"]
+        assert [(line["file"], line["position"], line["id"], line["reason"]) for line in check_whole(dataset)] == [
+            ("corpus.jsonl", 5, "", "a document without '_id' and 'text'"),
+            ("queries.jsonl", 3, "q2", "no relevant document in the corpus"),
+            ("queries.jsonl", 4, "q9", "a query without '_id' and 'text'"),
+        ]
+        assert dataset.report["articles"] == {"seen": 4, "kept": 3, "rejected": 1}  # two documents are one article
+        assert dataset.report["questions"] == {"seen": 4, "kept": 2, "rejected": 2}
         passages = dataset.passages.column("text").to_pylist()
         gold = {row["id"]: [passages[i] for i in row["gold"]] for row in dataset.questions.to_pylist()}
         assert gold == {"q0": ["제목\n글 1", "글 3"], "q1": ["글 2"]}
 
     def test_documents_with_questions_apart(self, tmp_path):
-        root = tmp_path / "docs"
+        root = tmp_path / "above" / "docs"
         (root / "sub").mkdir(parents=True)
         (root / "sub" / "a.html").write_text(
             "<html><head><title>글</title></head><body><h2>절</h2><p>답은 <b>42</b>다.</p></body></html>"
@@ -367,11 +469,38 @@ class TestOwnData:
         ]
         (root / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
         dataset = load(root, tmp_path / "c")
-        assert len(check_whole(dataset)) == 1
+        [reject] = check_whole(dataset)
+        assert (reject["file"], reject["position"], reject["id"]) == ("questions.jsonl", 3, "questions.jsonl:3")
         assert dataset.articles.column("title").to_pylist() == ["설명서", "글"]
+        assert dataset.articles.column("source").to_pylist() == ["b.md", "sub/a.html"]
+        above = load(root.parent, tmp_path / "c")  # the same folder, as one of those in another
+        assert above.articles.column("source").to_pylist() == ["docs/b.md", "docs/sub/a.html"]
+        assert [line["file"] for line in check_whole(above)] == ["docs/questions.jsonl"]
         rows = {row["text"]: row for row in dataset.questions.to_pylist()}
         assert rows["답은?"]["answers"] == ["42"] and len(rows["설치?"]["gold"]) > 2
         assert dataset.passages.column("heading")[0].as_py().startswith("설명서")
+
+    def test_answers_to_documents_are_quoted_as_they_read(self, tmp_path):
+        root = tmp_path / "docs"
+        root.mkdir()
+        (root / "a.html").write_text(
+            "<html><head><TITLE lang='ko'>설치 &amp; 실행</TITLE></head><body><nav>내려받기</nav><p>내려받기는 "
+            "<b>42</b>초,<br>AT&amp;T 회선에서 <i>둘</i> 걸린다. 둘째 줄.</p></body></html>",
+            encoding="utf-8",
+        )
+        asked = {"가": "42초", "나": "AT&T 회선", "다": "내려받기", "라": "둘", "마": "없는 말", "바": "설치"}
+        lines = [{"question": q, "answer": a, "file": "a.html", "id": q} for q, a in asked.items()]
+        (root / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        dataset = load(root, tmp_path / "c")
+        assert {line["id"]: line["reason"] for line in check_whole(dataset)} == {
+            "라": "answer_start is wrong or missing and the answer occurs more than once",
+            "마": "the answer is not in the context",
+            "바": "the answer is not in the context",  # only in the title, which is not text
+        }
+        text = clean_html_text((root / "a.html").read_text(encoding="utf-8"))
+        for row in dataset.questions.to_pylist():
+            assert row["answers"] == [asked[row["id"]]] == [text[row["answer_start"] : row["answer_end"]]]
+        assert dataset.articles.column("title").to_pylist() == ["설치 & 실행"]
 
 
 def test_a_script_without_a_main_guard_works(official, tmp_path):

@@ -165,6 +165,13 @@ class TestUnseen:
         )
         assert clean_html_text(f"앞{contents}<h2>절</h2>가운데{navigation}뒤") == "앞\n\n## 절\n\n가운데\n\n뒤"
 
+    def test_menus_go(self):
+        menu = "<nav class='m'><ul><li>처음</li></ul><nav>안</nav></nav>"
+        assert clean_html_text(f"앞{menu}본문<nav>끝</nav>") == "앞\n\n본문"
+        assert clean_html_text("앞<nav>본문이 닫히지 않은 메뉴에 <navy>있다") == "앞\n\n본문이 닫히지 않은 메뉴에 있다"
+        start = (page := f"앞{menu}").index("처음")
+        assert clean_page(page, [(start, start + 2)])[0] == "앞\n- 처음\n\n안"
+
     def test_an_infobox_with_the_marks_at_its_foot_stays(self):
         box = "<table><tr><td>이름</td></tr><tr><td><abbr>v</abbr></td></tr></table>"
         assert clean_html_text(box) == "이름\nv"
@@ -334,6 +341,17 @@ class TestRealMarkup:
             assert letters(clean_html_text(article["context"])) == letters(tree.text_content())
 
 
+def test_same_letters_as_another_parser_on_every_page_of_the_sample(request):
+    pages = json.loads((request.config.rootpath / SAMPLE).read_text(encoding="utf-8"))["data"]
+    for page in (article["context"] for article in pages):
+        body = page.partition("검색하러 가기</a>")[2].rpartition('<div>원본 주소 "')[0]
+        tree = lxml_html.fragment_fromstring(body, create_parent="div")
+        left_out = "//div[div/h2[text()='목차']] | //table[tbody/tr[1]//abbr[text()='v']] | //style | //script"
+        for node in [*tree.xpath(left_out), *(n for n in tree.iter("sup", "span") if is_furniture(n))]:
+            node.drop_tree()
+        assert letters(clean_html_text(page)) == letters(tree.text_content())
+
+
 HOSTILE = {
     "angle brackets": "<" * 1_000_000,
     "comment openings": "<!--" * 250_000,
@@ -352,6 +370,8 @@ HOSTILE = {
     "two quotes": "<a =\" ='" * 200_000,
     "navigation marks": "<table>>v</abbr>" * 70_000,
     "contents": "<div><div><h2>목차</h2><ul>" * 40_000,
+    "menus": "<nav><navy>" * 90_000,
+    "menus closed": "<nav>" * 90_000 + "</nav>" * 90_000,
     "white space": " \n" * 1_000_000,
     "headings": "<h2>" * 200_000,
     "annotations": "<math>" + "<annotation>" * 100_000 + "</math>",

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from koret.data import statistics
+from koret.data import statistics, statistics_report
 from koret.data.keys import normalize_answer, text_key
 from koret.data.loader import Dataset, load_dataset
 from koret.data.statistics import Distribution, classify_question, compute_statistics, find_overlap
@@ -63,7 +63,7 @@ def small():
             ("백두산", [("백두산에는 호수가 있다.", [("가장 높은 산은 무엇인가?", "한라산은", "sentence")])]),
             ("빈 글", [("글", [])]),
         ],
-        report={"reasons": {"offset": 3, "empty answer": 1}, "moved_answers": 2},
+        report={"reasons": {"offset": 3, "empty answer": 1}, "moved_answers": 2, "wide_answers": 5},
     )
 
 
@@ -87,6 +87,7 @@ def test_small_set_by_hand(small):
     assert found["duplicates"]["passages"]["repeats"] == 1
     assert found["duplicates"]["answers"]["most_frequent"] == [["한라산", 2]]
     assert found["losses"] == {"offset": 3, "empty answer": 1}
+    assert (found["moved_answers"], found["wide_answers"]) == (2, 5)
     assert found["lengths"]["characters"]["answer"]["mean"] == pytest.approx(8 / 3)
     assert (found["questions_per_article"]["max"], found["questions_per_article"]["p5"]) == (2, 0)
     assert found["tokens"] is None
@@ -158,9 +159,43 @@ def test_overlap_is_counted_on_both_sides(small):
     other = make_dataset([("한라산", [("백두산에는 호수가  있다.", [("가장 높은  산은 무엇인가?", "답", "short")])])])
     shared = find_overlap(small, other)
     assert (shared["titles"], shared["passages"], shared["questions"]) == (1, 1, 2)
-    assert shared["files"] == {"file.json": 2}
+    assert shared["files"] == {"file.json": 2} and shared["splits"] == [["file.json", "file.json", 2]]
     assert find_overlap(other, small)["questions"] == 1
     assert find_overlap(small, make_dataset([("다른 글", [("글월", [])])]))["questions"] == 0
+
+
+def test_overlap_says_in_which_split_of_either_set(tmp_path):
+    def write(name, numbers, version=""):
+        data = [
+            {"title": f"{name} {n}", "paragraphs": [{"context": f"{n}번 답", "qas": [
+                {"id": f"{name}-{n}", "question": f"{n}번은  무엇인가?", "answers": [{"text": "답", "answer_start": 3}]}
+            ]}]}
+            for n in numbers
+        ]  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"version": version, "data": data}), encoding="utf-8")
+
+    write("new/train/00.json", range(4), "KorQuAD_2.1_train")  # by its version
+    write("new/dev/00.json", (4, 9), "KorQuAD_2.1_dev")  # the same file name in another folder
+    write("new/KorQuAD_2.1_train_01/00.json", (5, 6))  # by its folder
+    write("new/own.json", (1,))
+    write("old/KorQuAD_v1.0_train.json", (0, 1, 5))
+    write("old/KorQuAD_v1.0_dev.json", (1, 4))
+    new, old = (load_dataset(tmp_path / name, num_workers=0, progress=False) for name in ("new", "old"))
+    shared = find_overlap(new, old)
+    assert shared["files"] == {
+        "train/00.json": 2, "KorQuAD_2.1_train_01/00.json": 1, "dev/00.json": 1, "own.json": 1,
+    }  # fmt: skip
+    assert {(here, there): count for here, there, count in shared["splits"]} == {
+        ("KorQuAD 2.1 train", "KorQuAD 1.0 train"): 3,
+        ("KorQuAD 2.1 train", "KorQuAD 1.0 dev"): 1,
+        ("KorQuAD 2.1 dev", "KorQuAD 1.0 dev"): 1,
+        ("own.json", "KorQuAD 1.0 train"): 1,
+        ("own.json", "KorQuAD 1.0 dev"): 1,
+    }
+    table = statistics_report.build_sheets(compute_statistics(new, others={"old": old}))[-1]
+    assert ("  questions of KorQuAD 2.1 train in KorQuAD 1.0 train", "3", "60.0%") in table.rows
 
 
 class ImageCounter(HTMLParser):
@@ -201,7 +236,7 @@ def test_tables_show_every_figure(small):
     for table in statistics.format_tables(compute_statistics(small, others={"[bold]": small})):
         console.print(table)
     text = console.file.getvalue()
-    expected = "무엇 (what)|66.7%|한라산|offset|only occurrence|questions also in [bold]|question, characters"
+    expected = "무엇 (what)|66.7%|한라산|offset|only occurrence|the whole answer|questions also in [bold]"
     for part in expected.split("|"):
         assert part in text
 
@@ -213,7 +248,11 @@ def test_empty_set_is_no_error(tmp_path):
     statistics.save_report(found, tmp_path)
 
 
-def test_memory_does_not_grow_with_the_texts(tmp_path):
+def test_memory_does_not_grow_with_the_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "BATCH_ROWS", 64)
+    tokenizer = str(tmp_path / "tokenizer.json")
+    Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(tokenizer)
+
     def measure(articles):
         rng = random.Random(0)
         letters = [chr(0xAC00 + rng.randrange(11172)) for _ in range(5000)]
@@ -221,14 +260,19 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
             for number in range(articles):
                 text = "".join(rng.choices(letters, k=4000))
                 row = {"article": number, "heading": "", "text": text, "start": 0, "end": 4000, "tokens": -1}
-                writer.write_table(pa.Table.from_pylist([row | {"text_key": number}], PASSAGES))
-        base = make_dataset([(str(i), []) for i in range(articles)])
+                writer.write_table(pa.Table.from_pylist([row | {"text_key": number // 2}], PASSAGES))
+        asked = [("질문은?", "같은 답", "short")] * 2  # repeated texts are looked up for the report
+        base = make_dataset([(str(i), [("", asked)] if i < 2 else []) for i in range(articles)])
         mapped = pa.ipc.open_file(pa.memory_map(str(tmp_path / "p.arrow"))).read_all()
         data = Dataset(base.articles, mapped, base.questions, "", {})
+        pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
         tracemalloc.start()
-        arrow = pa.total_allocated_bytes()
-        compute_statistics(data)
-        peak = tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - arrow
+        pa.set_memory_pool(pool)
+        try:
+            compute_statistics(data, tokenizer)
+        finally:
+            pa.set_memory_pool(before)
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
         tracemalloc.stop()
         return peak
 

@@ -96,6 +96,22 @@ def test_the_embedded_sample_opens_as_the_models_tokens_cut_it():
     assert report.data["source"] == "sample" and report.data["fusion_weight"] in [w / 10 for w in range(11)]
 
 
+def test_pages_are_cut_as_the_run_cut_them(tmp_path):
+    lines = "".join(f"<p>이것은 {number}번째 문장이다.</p>" for number in range(60))
+    page = {"title": "글", "context": lines, "qas": [
+        {"id": "1", "question": "몇 번째인가?", "answer": {"text": "7번째", "answer_start": lines.index("7번째")}}
+    ]}  # fmt: skip
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [page]}), encoding="utf-8")
+    counts = []
+    for number, overlap in enumerate((0.0, 0.3)):
+        run = _make_run(tmp_path / f"run_{number}", "x", passage_overlap=overlap, dataset_root=str(path))
+        dataset, other = open_data(path, HashEncoder(), [run], cache_dir=tmp_path, progress=False)
+        assert other.fingerprint == dataset.fingerprint
+        counts.append(dataset.passages.num_rows)
+    assert counts[1] > counts[0] > 1
+
+
 def test_models_are_compared_by_name(dataset, encoder, weak_encoder):
     found = compare_models(weak_encoder, encoder, dataset, moves=3)
     assert found.names == ("weak", "hash") and found.wins > found.losses and found.task == "question → passage"

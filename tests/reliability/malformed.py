@@ -225,7 +225,10 @@ moved = page_of("<p>글의 정답</p>") | {
 }
 lost = asking(id="n", answer={"text": "없는 말", "answer_start": 3})
 unsure = page_of(twice) | {"qas": [{"question": "답?", "id": "u", "answer": {"text": "정답", "answer_start": 1}}]}
-PLACES = {"the answer is not in the context": 1, "answer_start is wrong and the answer occurs more than once": 1}
+PLACES = {
+    "the answer is not in the context": 1,
+    "answer_start is wrong or missing and the answer occurs more than once": 1,
+}
 add("offsets that do not match", articles(page(1), moved, lost, unsure), Reads(4, 2, PLACES, moved=1))
 for name, start in {
     "negative": -5,
@@ -589,7 +592,15 @@ QUERIES = '{"_id": "q1", "text": "질문"}\n{"_id": "q2", "text": "왜?"}\n{"tex
 add(
     "BEIR with broken lines",
     folder_of(lambda root: make_beir(root, CORPUS, QUERIES, "q1\td1\t1\nq2\tnone\t1\nx\n")),
-    Reads(1, 1, {"corpus.jsonl": 2, "no relevant document in the corpus": 2}),
+    Reads(
+        1,
+        1,
+        {
+            "a document without '_id' and 'text'": 2,
+            "no relevant document in the corpus": 1,
+            "a query without '_id' and 'text'": 1,
+        },
+    ),
 )
 add(
     "BEIR without judgements",

@@ -47,7 +47,7 @@ def show_stats(options: argparse.Namespace) -> None:
         tokenizer = load_encoder(options.model).export_tokenizer(find_cache() / "tokenizers")
     settings = {"tokenizer": tokenizer, "max_seq_length": options.max_seq_length}
     dataset = load_data(options.data, options, **settings)
-    others = {Path(name).name: load_data(name, options, **settings) for name in options.against}
+    others = {name: load_data(name, options, **settings) for name in options.against}
     found = statistics.compute_statistics(
         dataset, tokenizer=tokenizer, max_seq_length=options.max_seq_length, others=others
     )

@@ -14,7 +14,7 @@ from koret.commands.screen import open_console, print_json
 from koret.config import TrainingConfig
 
 # Settings that decide how data is cut and split: those of the run that MODEL is, else the defaults of koret train.
-SHARED = ("train_split", "seed", "max_seq_length", "passage_tokens", "num_workers")
+SHARED = ("train_split", "seed", "max_seq_length", "passage_tokens", "passage_overlap", "max_bad", "num_workers")
 
 
 def add_mine(command: argparse.ArgumentParser) -> None:
@@ -43,6 +43,8 @@ def add_mine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", metavar="N", help="as in that training")
     command.add_argument("--max-seq-length", metavar="N", help="as in that training")
     command.add_argument("--passage-tokens", metavar="N", help="as in that training")
+    command.add_argument("--passage-overlap", metavar="SHARE", help="as in that training")
+    command.add_argument("--max-bad", metavar="SHARE", help="as in that training")
     command.add_argument("--num-workers", metavar="N", help="processes that read and clean data")
     command.add_argument("--json", action="store_true", help="print the first line of the file")
 

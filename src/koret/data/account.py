@@ -72,7 +72,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["moved_answers"]:
         lines.append(f"  {_count(report['moved_answers'], 'answer')} placed at the only occurrence of the text")
     if report["wide_answers"]:
-        lines.append(f"  {_count(report['wide_answers'], 'answer')} longer than a passage")
+        lines.append(f"  {_count(report['wide_answers'], 'answer')} that no passage holds whole")
     lines += [f"  ignored {item['name']}: {item['reason']}" for item in report["ignored"]]
     lines += [f"  note: {note}" for note in report["notes"]]
     if len(report["sources"]) > 1:

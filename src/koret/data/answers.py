@@ -40,7 +40,22 @@ def find_answer(context: str, answer: Answer) -> Span:
         first = context.find(text)
         if first >= 0:
             if context.find(text, first + 1) >= 0:
-                raise Unlocated("answer_start is wrong and the answer occurs more than once")
+                raise Unlocated("answer_start is wrong or missing and the answer occurs more than once")
+            return first, first + len(text)
+    raise Unlocated("the answer is not in the context")
+
+
+def find_quoted(clean: str, answer: str) -> Span:
+    """The only place of an answer without offset in a page's clean text: people quote what they read.
+
+    The page itself may have tags and entities in it (``<b>42</b> km``), or have it once more where nobody reads it.
+    Raises Unlocated when it reads so nowhere, or in several places.
+    """
+    for text in dict.fromkeys((clean_html_text(answer), clean_page(answer, in_cell=True)[0])):
+        first = clean.find(text) if text else -1
+        if first >= 0:
+            if clean.find(text, first + 1) >= 0:
+                raise Unlocated("answer_start is wrong or missing and the answer occurs more than once")
             return first, first + len(text)
     raise Unlocated("the answer is not in the context")
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -42,41 +43,57 @@ def assemble(staging: Path, target: Path, reports: Sequence[SourceReport]) -> st
         for number, report in enumerate(reports):
             file.write(shard_path(staging, number, "rejects").read_bytes())
             for row in sorted(drop.get(number, {})):
-                file.write(msgspec.json.encode(_count_duplicate(report, *drop[number][row])) + b"\n")
+                file.write(msgspec.json.encode(_count_duplicate(report, drop[number][row])) + b"\n")
     return digest.hexdigest()
 
 
-def _count_duplicate(report: SourceReport, identity: str, reason: str) -> dict[str, object]:
+class _Duplicate(NamedTuple):
+    """A question that is left out because its id comes twice."""
+
+    id: str
+    article: str
+    reason: str
+
+
+def _count_duplicate(report: SourceReport, found: _Duplicate) -> dict[str, object]:
     report.questions_kept -= 1
     report.questions_rejected += 1
-    report.reasons[reason] = report.reasons.get(reason, 0) + 1
+    report.reasons[found.reason] = report.reasons.get(found.reason, 0) + 1
     path, _, member = report.name.partition("!")
     return {
-        "file": path, "member": member, "article": "", "position": -1, "id": identity, "questions": 1, "reason": reason,
+        "file": path, "member": member, "article": found.article, "position": -1, "id": found.id, "questions": 1,
+        "reason": found.reason,
     }  # fmt: skip
 
 
-def _find_duplicates(staging: Path, shards: range) -> dict[int, dict[int, tuple[str, str]]]:
-    """Question rows to leave out: shard -> row -> (id, reason)."""
-    seen: dict[str, list[tuple[int, int, tuple]]] = {}
-    first: dict[str, tuple[int, int, tuple]] = {}
+def _find_duplicates(staging: Path, shards: range) -> dict[int, dict[int, _Duplicate]]:
+    """Question rows to leave out: shard -> row -> what it is.
+
+    64 bits of every id are kept in mind; the rest is read again where those come twice.
+    """
+    hashes = [np.fromiter(map(hash, _read_column(staging, number, "id")), np.int64) for number in shards]
+    values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *hashes]), return_counts=True)
+    places: dict[str, list[tuple[int, int, tuple[int, int], str]]] = {}
     for number in shards:
-        row = 0
-        for batch in _read(shard_path(staging, number, "questions")):
-            keys = zip(batch.column("question_key").to_pylist(), batch.column("answer_key").to_pylist(), strict=True)
-            for identity, key in zip(batch.column("id").to_pylist(), keys, strict=True):
-                here = (number, row, key)
-                if identity in first:
-                    seen.setdefault(identity, [first[identity]]).append(here)
-                else:
-                    first[identity] = here
-                row += 1
-    drop: dict[int, dict[int, tuple[str, str]]] = {}
-    for identity, places in seen.items():
-        same = len({key for *_, key in places}) == 1
-        for number, row, _ in places[1:] if same else places:
-            drop.setdefault(number, {})[row] = (identity, IDENTICAL if same else CONFLICTING)
+        rows = np.flatnonzero(np.isin(hashes[number], values[counts > 1])).tolist()
+        if not rows:
+            continue
+        names = ("id", "question_key", "answer_key", "article")
+        ids, questions, answers, articles = (_read_column(staging, number, name) for name in names)
+        titles = _read_column(staging, number, "title", "articles")
+        for row in rows:
+            place = number, row, (questions[row], answers[row]), titles[articles[row]]
+            places.setdefault(ids[row], []).append(place)
+    drop: dict[int, dict[int, _Duplicate]] = {}
+    for identity, found in places.items():
+        same = len({key for _, _, key, _ in found}) == 1
+        for number, row, _, title in found[1:] if same else found:
+            drop.setdefault(number, {})[row] = _Duplicate(identity, title, IDENTICAL if same else CONFLICTING)
     return drop
+
+
+def _read_column(staging: Path, number: int, column: str, table: str = "questions") -> list:
+    return [value for batch in _read(shard_path(staging, number, table)) for value in batch.column(column).to_pylist()]
 
 
 def _join(

@@ -65,8 +65,8 @@ def download(
     ``base_url`` replaces that root. Every file grows as NAME.part, is verified (published SHA-256, else zip CRCs or a
     whole JSON parse) and only then renamed; files already there are verified and kept. A lost connection, a timeout or
     a 5xx answer is tried again from the byte reached, ``retries`` times in a row without progress, after ``backoff``
-    seconds doubled each time. HTTP_PROXY, HTTPS_PROXY and NO_PROXY count. ``announce`` may be called from
-    several threads. Raises ValueError for wrong arguments, RunBusy when another process writes into ``dest``, DiskFull,
+    seconds doubled each time. HTTP_PROXY, HTTPS_PROXY and NO_PROXY count. ``announce`` is called from several threads,
+    one at a time. Raises ValueError for wrong arguments, RunBusy when another process writes into ``dest``, DiskFull,
     and DownloadError naming every file that failed; whatever ended the call, Ctrl-C included, calling again continues.
     """
     if dataset not in ROOTS:
@@ -91,7 +91,8 @@ def download(
 
 class _Fetcher:
     def __init__(self, announce: Callable, draw: Callable, retries: int, backoff: float, timeout: float):
-        self.announce, self.retries, self.backoff, self.stop = announce, retries, backoff, threading.Event()
+        self.announce, self.retries, self.backoff = _take_turns(announce), retries, backoff
+        self.stop = threading.Event()
         opener = urllib.request.build_opener()  # reads the proxy variables now
         self.transfer = Transfer(opener, draw, self.stop, timeout)
 
@@ -177,6 +178,17 @@ class _Fetcher:
             said += ", but it is not the edition on record: its size or SHA-256 differs"
         self.announce(f"{name}: {said} ({_megabytes(size)})")
         return FileReport(file.target, size, file.received, as_published)
+
+
+def _take_turns(announce: Callable[[str], None]) -> Callable[[str], None]:
+    """The function for several threads: one line after the other."""
+    turn = threading.Lock()
+
+    def announce_alone(line: str) -> None:
+        with turn:
+            announce(line)
+
+    return announce_alone
 
 
 def _sum_up(errors: list[Exception]) -> Exception:

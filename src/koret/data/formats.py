@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from koret.data.korquad import Answer, Article, Question, Reject, looks_like_html
+from koret.data.markup import clean_html_text
 from koret.data.sources import DOCUMENT_SUFFIXES, DataError, Source, natural_key, open_source
 
 # The names a field goes by; the first is the one the documentation uses.
@@ -41,8 +42,14 @@ class Reader:
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def reject(self, number: int, reason: str, identity: str = "") -> Reject:
-        return Reject(self.source.name, reason, number, id=identity)
+    def reject(self, number: int, reason: str, identity: str = "", file: str = "", is_article: bool = False) -> Reject:
+        """A record that cannot be used; ``file`` is the one of a folder's files it stands in."""
+        name = self.name_file(file) if file else self.source.name
+        return Reject(name, reason, number, id=identity, is_article=is_article)
+
+    def name_file(self, file: str) -> str:
+        """A file of a folder, relative to what the user named as every source is."""
+        return file if self.source.name == "." else f"{self.source.name}/{file}"
 
 
 class PairReader(Reader, ABC):
@@ -55,10 +62,12 @@ class PairReader(Reader, ABC):
     def __iter__(self) -> Iterator[Article | Reject]:
         groups: dict[object, _Group] = {}
         for number, record in self.read_records():
+            place = f"{self.source.name}:{number}"
             try:
-                pair = _read_pair(record, f"{self.source.name}:{number}")
+                pair = _read_pair(record, place)
             except ValueError as error:
-                yield self.reject(number, str(error), str(record.get("id", "")) if isinstance(record, dict) else "")
+                given = record.get("id") if isinstance(record, dict) else None
+                yield self.reject(number, str(error), place if given in (None, "") else str(given))
                 continue
             key = ("article", pair.article) if pair.article else ("positive", pair.positives[0])
             groups.setdefault(key, _Group(pair.article, pair.url, number)).add(pair)
@@ -274,7 +283,7 @@ class BeirReader(Reader):
         documents: dict[str, tuple[str, str]] = {}
         for number, record in self._read("corpus.jsonl"):
             if isinstance(record, str) or not isinstance(record.get("text"), str) or "_id" not in record:
-                yield self.reject(number, "corpus.jsonl: no '_id' and 'text'")
+                yield self.reject(number, "a document without '_id' and 'text'", file="corpus.jsonl", is_article=True)
                 continue
             title = str(record.get("title") or "").strip()
             documents[str(record["_id"])] = title, f"{title}\n{record['text']}" if title else record["text"]
@@ -285,9 +294,11 @@ class BeirReader(Reader):
             identity = "" if isinstance(record, str) else str(record.get("_id", ""))
             text = "" if isinstance(record, str) else record.get("text")
             found = [document for document in relevant.get(identity, ()) if document in documents]
-            if not isinstance(text, str) or not text.strip() or not found:
-                reason = "no relevant document in the corpus" if text else "queries.jsonl: no '_id' and 'text'"
-                yield self.reject(number, reason, identity)
+            if not identity or not isinstance(text, str) or not text.strip() or not found:
+                reason = "no relevant document in the corpus"
+                if not identity or not isinstance(text, str) or not text.strip():
+                    reason = "a query without '_id' and 'text'"
+                yield self.reject(number, reason, identity, "queries.jsonl")
                 continue
             root = _find_root(owner, found[0])
             for document in found[1:]:
@@ -307,12 +318,12 @@ class BeirReader(Reader):
             for identity, text, found in asked.get(document, ())
         ]
         contexts = tuple(documents[document][1] for document in members)
-        title = documents[members[0]][0]
-        return Article(title, contexts, tuple(questions), False, source=self.source.name, position=position)
+        title, source = documents[members[0]][0], self.name_file("corpus.jsonl")
+        return Article(title, contexts, tuple(questions), False, source=source, position=position)
 
     def _read(self, name: str) -> Iterator[Numbered]:
         with open(self.source.path / name, "rb") as file:
-            yield from read_json_lines(file, f"{self.source.name}/{name}")
+            yield from read_json_lines(file, self.name_file(name))
 
     def _read_relevant(self) -> dict[str, list[str]]:
         relevant: dict[str, list[str]] = {}
@@ -322,7 +333,7 @@ class BeirReader(Reader):
                 if len(parts) >= 3 and re.fullmatch(r"-?\d+(\.\d+)?", parts[-1].strip()) and float(parts[-1]) > 0:
                     relevant.setdefault(parts[0], []).append(parts[-2])
         if not relevant:
-            raise DataError(f"{self.source.name}/qrels holds no .tsv with lines of query-id, corpus-id, score")
+            raise DataError(f"{self.name_file('qrels')} holds no .tsv with lines of query-id, corpus-id, score")
         return {query: list(dict.fromkeys(found)) for query, found in relevant.items()}
 
 
@@ -343,12 +354,13 @@ class DocumentReader(Reader):
         files = sorted((p for p in root.rglob("*") if p.suffix.lower() in DOCUMENT_SUFFIXES), key=lambda p: str(p))
         names = {path.relative_to(root).as_posix(): path for path in sorted(files, key=lambda p: natural_key(str(p)))}
         asked: dict[str, list[Question]] = {}
+        listed = self.name_file("questions.jsonl")
         with open(root / "questions.jsonl", "rb") as file:
-            for number, record in read_json_lines(file, f"{self.source.name}/questions.jsonl"):
+            for number, record in read_json_lines(file, listed):
                 try:
-                    name, question = _read_question(record, f"{self.source.name}:{number}", names)
+                    name, question = _read_question(record, f"{listed}:{number}", names)
                 except ValueError as error:
-                    yield self.reject(number, str(error))
+                    yield self.reject(number, str(error), f"{listed}:{number}", "questions.jsonl")
                     continue
                 asked.setdefault(name, []).append(question)
         for position, (name, path) in enumerate(names.items()):
@@ -360,11 +372,12 @@ class DocumentReader(Reader):
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it") from None
         is_html = path.suffix.lower() in (".html", ".htm")
-        titled = re.search(r"<title>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE)
+        titled = re.search(r"<title[^<>]*>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE | re.I)
         if not is_html:
             text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)
-        title = titled[1].strip() if titled else path.stem
-        return Article(title, (text,), questions, True, name, self.source.name, position, is_clean=not is_html)
+        title = (clean_html_text(titled[1]) if is_html else titled[1].strip()) if titled else ""
+        place = self.name_file(name)
+        return Article(title or path.stem, (text,), questions, True, name, place, position, is_clean=not is_html)
 
 
 def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Path]) -> tuple[str, Question]:

@@ -193,8 +193,9 @@ class ArticleReader:
                 position = yield from self._walk_articles(stream, position)
             else:
                 end = stream.skip_value(position)
+                value = self._decode_text(stream, position, end) if key == "version" or self._strict else None
                 if key == "version":
-                    self.version = str(self._decode_text(stream, position, end))
+                    self.version = str(value)
                 position = end
             position = stream.skip_space(position)
             if stream.peek(position) == b",":

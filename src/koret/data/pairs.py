@@ -14,9 +14,8 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pyarrow as pa
 
-from koret.data.columns import Csr, read_column, read_lists
+from koret.data.columns import Csr, read_column, read_lists, take_rows
 from koret.data.keys import normalize_answer, text_key
 from koret.data.passages import join_heading
 
@@ -217,7 +216,7 @@ class _PairBuilder:
         self.dataset, self.positives = dataset, positives
         questions = dataset.questions
         self.rows = np.flatnonzero(np.isin(read_column(questions, "article"), articles))
-        self.questions = questions.take(pa.array(self.rows))
+        self.questions = take_rows(questions, self.rows)
         self.query = self.questions.column("text").to_pylist()
         answers = self.questions.column("answers").to_pylist()
         self.answers = [[a for a in row or () if a and a.strip()] for row in answers]
@@ -292,7 +291,7 @@ class _PairBuilder:
         if self.positives != "answer":
             rows.append(self.best[usable])
         needed = np.unique(np.concatenate(rows))
-        taken = self.dataset.passages.select(["heading", "text"]).take(pa.array(needed))
+        taken = take_rows(self.dataset.passages.select(["heading", "text"]), needed)
         texts = map(join_heading, taken.column("heading").to_pylist(), taken.column("text").to_pylist())
         return {row: self._add(text) for row, text in zip(needed.tolist(), texts, strict=True)}
 

@@ -10,7 +10,7 @@ from unicodedata import is_normalized
 
 import msgspec
 
-from koret.data.answers import Unlocated, classify_answer, clean_and_map, find_answer
+from koret.data.answers import Unlocated, classify_answer, clean_and_map, find_answer, find_quoted
 from koret.data.keys import fold_text, normalize_answer, text_key
 from koret.data.korquad import Answer, Article, ArticleReader, Question, Reject
 from koret.data.markup import Span, clean_html_text, normalize_text
@@ -216,8 +216,12 @@ class _ArticleRows:
         is_markup = self.article.html and not self.article.is_clean
         text = context if is_markup else normalize_text(context)
         wanted: list[tuple[tuple[int, int], Span]] = []
+        quoted: list[tuple[int, int]] = []  # answers to a page without an offset
         for number, question in enumerate(self.article.questions):
             for i, answer in enumerate(question.answers if question.paragraph == index and not question.whole else ()):
+                if is_markup and answer.start < 0:
+                    quoted.append((number, i))
+                    continue
                 try:
                     span = _find_anywhere(text, context, answer)
                     self.moved[number] += span[0] != answer.start
@@ -229,6 +233,12 @@ class _ArticleRows:
             return text
         clean, spans = clean_and_map(text, [span for _, span in wanted])
         self._places |= {key: span for (key, _), span in zip(wanted, spans, strict=True)}
+        for number, i in quoted:
+            try:
+                self._places[number, i] = find_quoted(clean, self.article.questions[number].answers[i].text)
+                self.moved[number] += 1
+            except Unlocated as reason:
+                self._places[number, i] = reason
         return clean
 
     def _place(self, number: int, question: Question) -> _Placed:

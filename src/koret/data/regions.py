@@ -40,6 +40,7 @@ _ANY_TAG = re.compile(r"<[^<>]*>")
 _CONTENTS = re.compile(r"<div[^<>]*>\s?(?:<input[^<>]*>\s?)?<div[^<>]*>\s?<h2[^<>]*>목차</h2>")
 _LIST_TAG = re.compile(r"<(/?)ul[\s>]")
 _TABLE_TAG = re.compile(r"<(/?)table[\s>]")
+_MENU_TAG = re.compile(r"<(/?)nav[\s>]")
 _NAVIGATION_MARK = ">v</abbr>"  # the view/discuss/edit links in the first row of every navigation box
 
 
@@ -58,7 +59,7 @@ def find_body(text: str) -> tuple[int, int]:
 def find_regions(text: str, begin: int, end: int) -> list[Region]:
     """Regions of text[begin:end] to leave out, in order; one may lie inside another. Linear in the length."""
     found = _find_elements(text, begin, end) + _find_contents(text, begin, end) + _find_navigation(text, begin, end)
-    return sorted(found)
+    return sorted(found + _find_menus(text, begin, end))
 
 
 def _find_elements(text: str, begin: int, end: int) -> list[Region]:
@@ -138,6 +139,19 @@ def _find_navigation(text: str, begin: int, end: int) -> list[Region]:
             position = stop
         else:
             position = mark + len(_NAVIGATION_MARK)
+    return found
+
+
+def _find_menus(text: str, begin: int, end: int) -> list[Region]:
+    """The ``nav`` elements of pages from elsewhere than the encyclopedia of 2019."""
+    found, position = [], begin
+    while (start := text.find("<nav", position, end)) >= 0:
+        position = start + len("<nav")
+        if _MENU_TAG.match(text, start, end):
+            position = _find_balanced(text, _MENU_TAG, start, end)
+            if position < 0:
+                break
+            found.append((start, position, _GAP))
     return found
 
 

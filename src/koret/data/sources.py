@@ -79,7 +79,7 @@ def _list_folder(root: Path) -> Iterator[Source | tuple[str, str]]:
         whole = _recognise_folder(here, names)
         if whole:
             size = sum(p.stat().st_size for p in here.rglob("*") if p.is_file())
-            yield Source(here, here.relative_to(root).as_posix(), whole, size=size)
+            yield Source(here, _name(here, root), whole, size=size)
             subfolders.clear()
             continue
         for name in subfolders:

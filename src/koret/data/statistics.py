@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from koret.data.columns import read_column, read_lists
+from koret.data.columns import read_column, read_lists, take_rows
 from koret.data.keys import text_key
 from koret.data.passages import join_heading
 from koret.data.statistics_report import format_tables, save_report
+from koret.data.totals import find_split
 
 if TYPE_CHECKING:
     from koret.data.loader import Dataset
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["classify_question", "compute_statistics", "find_overlap", "format_tables", "save_report"]
 
 BATCH_ROWS = 4096
+ENCODED_TEXTS = 256  # at a time: what a tokenizer returns is a hundred times the text
 TOKENIZED_PASSAGES = 20000  # lengths in tokens are measured on this many passages, evenly spread
 QUANTILES = (5, 25, 50, 75, 90, 95, 99)
 
@@ -149,6 +152,7 @@ def compute_statistics(
         "duplicates": _find_duplicates(dataset),
         "losses": dict(dataset.report.get("reasons", {})),
         "moved_answers": dataset.report.get("moved_answers", 0),
+        "wide_answers": dataset.report.get("wide_answers", 0),
         "tokens": None,
         "overlap": {name: find_overlap(dataset, other) for name, other in (others or {}).items()},
     }
@@ -160,24 +164,48 @@ def compute_statistics(
 def find_overlap(dataset: Dataset, other: Dataset) -> dict[str, Any]:
     """The leakage audit: how many of ``dataset``'s titles, passages and questions occur in ``other``.
 
-    Equal means equal after NFC and white-space normalisation. ``files`` says in which of the set's files the
-    shared questions are.
+    Equal means equal after NFC and white-space normalisation. ``files`` says in which of the set's files the shared
+    questions are, ``splits`` how many of each of its splits are in each split of the other: (split, other's, number).
+    A question asked in two splits of the other counts in both. A file of no official split stands for itself.
     """
     titles = [{text_key(t) for part in _read_texts(d.articles, "title") for t in part if t} for d in (dataset, other)]
     shared_passages = np.isin(read_column(dataset.passages, "text_key"), read_column(other.passages, "text_key"))
-    shared = np.isin(read_column(dataset.questions, "question_key"), read_column(other.questions, "question_key"))
-    sources = dataset.articles.column("source").take(pa.array(read_column(dataset.questions, "article")[shared]))
-    files = Counter(dict(zip(*(c.to_pylist() for c in pc.value_counts(sources).flatten()), strict=True)))
+    keys, other_keys = (read_column(d.questions, "question_key") for d in (dataset, other))
+    shared = np.isin(keys, other_keys)
+    matching = np.isin(other_keys, keys)
+    elsewhere: dict[int, set[str]] = {}
+    for key, split in zip(other_keys[matching].tolist(), _list_splits(other, matching), strict=True):
+        elsewhere.setdefault(key, set()).add(split)
+    own = zip(keys[shared].tolist(), _list_splits(dataset, shared), strict=True)
+    splits = Counter((split, there) for key, split in own for there in elsewhere[key])
     return {
         "titles": len(titles[0] & titles[1]),
         "passages": int(shared_passages.sum()),
         "questions": int(shared.sum()),
         "of": {"titles": len(titles[0]), "passages": len(shared_passages), "questions": len(shared)},
-        "files": {Path(name).name or name: count for name, count in files.most_common()},
+        "files": dict(Counter(_list_sources(dataset, shared)).most_common()),
+        "splits": [[here, there, count] for (here, there), count in splits.most_common()],
     }
 
 
 # ---- parts
+
+
+def _list_sources(dataset: Dataset, questions: np.ndarray) -> list[str]:
+    """The source of each of the questions a mask (Q,) chooses."""
+    names = dataset.articles.column("source").to_pylist()
+    return [names[article] or "" for article in read_column(dataset.questions, "article")[questions].tolist()]
+
+
+def _list_splits(dataset: Dataset, questions: np.ndarray) -> list[str]:
+    """The official split, or else the file, of each of the questions a mask (Q,) chooses."""
+    versions = {source["name"]: source["version"] for source in dataset.report.get("sources", ())}
+    sources = _list_sources(dataset, questions)
+    names = {}
+    for name in dict.fromkeys(sources):
+        split = find_split(name, versions.get(name, ""))
+        names[name] = f"KorQuAD {' '.join(split)}" if split else name.partition("!")[0]
+    return [names[name] for name in sources]
 
 
 def _read_texts(table: pa.Table, column: str) -> Iterator[list[str]]:
@@ -220,7 +248,7 @@ def _find_duplicates(dataset: Dataset) -> dict[str, dict[str, Any]]:
     ):
         keys, first, counts = np.unique(read_column(table, key), return_index=True, return_counts=True)
         top = [i for i in np.argsort(-counts, kind="stable")[:10] if counts[i] > 1]
-        texts = table.column(column).take(pa.array(first[top])).to_pylist() if top else []
+        texts = take_rows(table.select([column]), first[top]).column(0).to_pylist() if top else []
         examples = [(t[0] if t else "") if column == "answers" else t for t in texts]
         found[name] = {
             "repeats": int(counts.sum() - len(keys)),
@@ -241,15 +269,15 @@ def _measure_tokens(
     tokenizer.no_padding()
     counter = _TokenCounter(tokenizer, max_seq_length)
     for texts in _read_texts(dataset.questions, "text"):
-        counter.count("question", [f"query: {text}" for text in texts])
+        counter.count("question", (f"query: {text}" for text in texts))
     for batch in dataset.questions.select(["answers"]).to_batches(max_chunksize=BATCH_ROWS):
-        counter.count("answer", [f"passage: {a[0]}" for a in batch.column(0).to_pylist() if a])
+        counter.count("answer", (f"passage: {a[0]}" for a in batch.column(0).to_pylist() if a))
     step = max(-(-dataset.passages.num_rows // TOKENIZED_PASSAGES), 1)
     rows = np.arange(0, dataset.passages.num_rows, step)
     for start in range(0, len(rows), BATCH_ROWS):
-        part = dataset.passages.select(["heading", "text"]).take(pa.array(rows[start : start + BATCH_ROWS]))
+        part = take_rows(dataset.passages.select(["heading", "text"]), rows[start : start + BATCH_ROWS])
         texts = map(join_heading, part.column("heading").to_pylist(), part.column("text").to_pylist())
-        counter.count("passage", [f"passage: {text}" for text in texts])
+        counter.count("passage", (f"passage: {text}" for text in texts))
     lengths = counter.lengths.items()
     return {name: d.summarize() for name, d in lengths}, {
         "tokenizer": str(path),
@@ -271,8 +299,12 @@ class _TokenCounter:
         self.truncated: Counter[str] = Counter()
         self.tokens = self.unknown = self.words = self.unknown_words = 0
 
-    def count(self, name: str, texts: list[str]) -> None:
-        encodings = self.tokenizer.encode_batch(texts)
+    def count(self, name: str, texts: Iterable[str]) -> None:
+        texts = iter(texts)
+        while some := list(islice(texts, ENCODED_TEXTS)):
+            self._add(name, self.tokenizer.encode_batch(some))
+
+    def _add(self, name: str, encodings: list[Any]) -> None:
         lengths = np.array([len(e.ids) for e in encodings], dtype=np.int64)
         self.lengths[name].add(lengths)
         self.truncated[name] += int((lengths > self.limit).sum())

@@ -116,6 +116,8 @@ def _list_losses(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = [(reason, f"{count:,}") for reason, count in found["losses"].items()]
     if found["moved_answers"]:
         rows.append(("kept, but found at the only occurrence of the text", f"{found['moved_answers']:,}"))
+    if found["wide_answers"]:
+        rows.append(("kept, but no passage holds the whole answer", f"{found['wide_answers']:,}"))
     return rows
 
 
@@ -137,8 +139,8 @@ def _list_overlap(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, shared in found["overlap"].items():
         for kind in ("titles", "passages", "questions"):
             yield f"{kind} also in {name}", f"{shared[kind]:,}", _percent(shared[kind], shared["of"][kind])
-        for file, count in list(shared["files"].items())[:20]:
-            yield f"  questions of {file}", f"{count:,}", _percent(count, shared["questions"])
+        for here, there, count in shared["splits"][:20]:
+            yield f"  questions of {here} in {there}", f"{count:,}", _percent(count, shared["questions"])
 
 
 # ---- plots

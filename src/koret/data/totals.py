@@ -18,13 +18,19 @@ OFFICIAL = {
 _NAME = re.compile(r"korquad_?v?(1\.0|2\.0|2\.1)_(train|dev)(?![a-z])", re.I)
 
 
+def find_split(name: str, version: str = "") -> tuple[str, str] | None:
+    """The official set a source is part of, as (version, split): by its file's name, its folders', its own version."""
+    named = _NAME.search(name.rpartition("/")[2]) or _NAME.search(name) or _NAME.search(version)
+    return (named[1], named[2].lower()) if named else None
+
+
 def compare_totals(sources: list[dict[str, Any]]) -> list[str]:
     """A line for every official set that was read but does not have the published size."""
     found: dict[tuple[str, str], Counter[str]] = {}
     for source in sources:
-        named = _NAME.search(source["name"].rpartition("/")[2])
-        if named:
-            counts = found.setdefault((named[1], named[2].lower()), Counter())
+        split = find_split(source["name"], source["version"])
+        if split:
+            counts = found.setdefault(split, Counter())
             counts.update({kind: source[kind]["seen"] for kind in ("articles", "questions")})
     lines = []
     for (version, split), counts in found.items():

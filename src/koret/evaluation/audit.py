@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from koret.data.columns import read_column, read_lists
+from koret.data.columns import read_column, read_lists, take_rows
 from koret.data.keys import text_key
 from koret.data.markup import normalize_text
 from koret.evaluation.tasks import RetrievalTask
@@ -116,12 +116,12 @@ def audit_overlap(training: Texts, evaluated: Sequence[Texts]) -> Audit:
 def take_training(dataset: Dataset, articles: np.ndarray, name: str = "training") -> Texts:
     """Everything in the given articles: titles, questions, all passages (read in batches)."""
     rows = np.flatnonzero(np.isin(read_column(dataset.passages, "article"), articles))
-    column = dataset.passages.column("text")
+    passages = dataset.passages.select(["text"])
 
     class Batches:
         def __iter__(self) -> Iterator[list[str]]:
             for start in range(0, len(rows), BATCH):
-                yield column.take(pa.array(rows[start : start + BATCH])).to_pylist()
+                yield take_rows(passages, rows[start : start + BATCH]).column(0).to_pylist()
 
     asked = np.isin(read_column(dataset.questions, "article"), articles)
     return Texts(
@@ -138,13 +138,13 @@ def take_evaluated(dataset: Dataset, articles: np.ndarray, name: str = "the held
     Passages that answer nothing ("공식 웹사이트") may be shared: they cannot lift a score.
     """
     asked = np.flatnonzero(np.isin(read_column(dataset.questions, "article"), articles))
-    questions = dataset.questions.take(pa.array(asked))
+    questions = take_rows(dataset.questions, asked)
     gold = np.unique(read_lists(questions, "gold").values)
     return Texts(
         name,
         titles=[title for title in dataset.articles.column("title").take(pa.array(articles)).to_pylist() if title],
         questions=questions.column("text").to_pylist(),
-        passages=dataset.passages.column("text").take(pa.array(gold)).to_pylist(),
+        passages=take_rows(dataset.passages.select(["text"]), gold).column(0).to_pylist(),
     )
 
 

@@ -13,8 +13,8 @@ from koret.evaluation.significance import Interval
 
 _RECIPE = (
     "positives", "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate",
-    "warmup_steps", "scale", "mask_false_negatives", "max_seq_length", "passage_tokens", "precision", "use_lora",
-    "lora_variant", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "train_embeddings",
+    "warmup_steps", "scale", "mask_false_negatives", "max_seq_length", "passage_tokens", "passage_overlap", "precision",
+    "use_lora", "lora_variant", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "train_embeddings",
     "quantize_base", "train_split", "seed",
 )  # fmt: skip
 _LICENCES = (

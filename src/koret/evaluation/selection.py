@@ -107,11 +107,12 @@ def open_data(
     if trained:
         config = TrainingConfig(**trained[0].config)
         settings |= {"max_seq_length": config.max_seq_length, "passage_tokens": config.passage_tokens}
+        settings["overlap"] = config.passage_overlap
     dataset = load_dataset(source, **settings)
     if not trained or trained[0].data.get("fingerprint") == dataset.fingerprint:
         return dataset, None
     try:
-        return dataset, load_dataset(config.dataset_root, **settings)
+        return dataset, load_dataset(config.dataset_root, **{**settings, "max_bad": config.max_bad})
     except (FileNotFoundError, ValueError):
         return dataset, None
 

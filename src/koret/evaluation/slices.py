@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-from koret.data.columns import read_column
+from koret.data.columns import read_column, take_rows
 from koret.data.statistics import classify_question
 from koret.evaluation.metrics import PRIMARY
 from koret.evaluation.scores import Scores
@@ -58,9 +57,9 @@ def label_queries(dataset: Dataset, task: RetrievalTask) -> dict[str, list[str]]
     Lengths and word overlap are cut into thirds of the queries, with the edges in the label. Overlap is the share of
     a question's character bigrams that occur in its passage.
     """
-    questions = dataset.questions.take(pa.array(task.question_rows))
+    questions = take_rows(dataset.questions, task.question_rows)
     best = read_column(questions, "best")
-    passages = dataset.passages.take(pa.array(np.maximum(best, 0)))
+    passages = take_rows(dataset.passages, np.maximum(best, 0))
     texts = passages.column("text").to_pylist()
     lengths = np.array([len(text) for text in texts], np.float64)
     starts = read_column(questions, "answer_start") - read_column(passages, "start")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from koret.data.columns import read_column, read_lists
+from koret.data.columns import read_column, read_lists, take_rows
 from koret.data.keys import normalize_answer
 from koret.data.passages import join_heading
 
@@ -96,7 +96,7 @@ def build_task(
     if kind not in builders:
         raise ValueError(f"kind must be passage or answer, not {kind!r}")
     question_rows = np.asarray(question_rows, np.int64)
-    table = dataset.questions.take(pa.array(question_rows))
+    table = take_rows(dataset.questions, question_rows)
     ids, texts = table.column("id").to_pylist(), table.column("text").to_pylist()
     articles, keys = read_column(table, "article"), read_column(table, "question_key")
     corpus, found, reason = builders[kind](dataset, table, np.asarray(passage_rows, np.int64))
@@ -153,7 +153,7 @@ def build_held_out_tasks(
 
 def _find_passages(dataset: Dataset, questions: pa.Table, rows: np.ndarray) -> tuple[dict, list[set[int]], list[str]]:
     """Corpus fields, corpus rows of each question's gold, and why a question has none."""
-    taken = dataset.passages.take(pa.array(rows))
+    taken = take_rows(dataset.passages, rows)
     headings, texts = taken.column("heading").to_pylist(), taken.column("text").to_pylist()
     keys = read_column(taken, "text_key").tolist()
     first: dict[tuple[str, int], int] = {}  # one corpus text per heading and text

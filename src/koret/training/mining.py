@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from koret.data.columns import Csr, read_column, read_lists
+from koret.data.columns import Csr, read_column, read_lists, take_rows
 from koret.data.keys import fold_text, normalize_answer
 from koret.data.loader import Dataset
 from koret.data.passages import join_heading
@@ -139,7 +139,7 @@ def _list_questions(dataset: Dataset, articles: np.ndarray) -> np.ndarray:
 
 def read_passages(dataset: Dataset, rows: np.ndarray) -> list[str]:
     """The texts of passages as they are encoded."""
-    taken = dataset.passages.select(["heading", "text"]).take(pa.array(rows))
+    taken = take_rows(dataset.passages.select(["heading", "text"]), rows)
     return list(map(join_heading, taken.column("heading").to_pylist(), taken.column("text").to_pylist()))
 
 

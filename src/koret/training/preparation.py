@@ -195,6 +195,8 @@ def load_data(config: TrainingConfig, encoder: TextEncoder, progress: bool) -> D
         tokenizer=tokenizer,
         passage_tokens=config.passage_tokens,
         max_seq_length=config.max_seq_length,
+        overlap=config.passage_overlap,
+        max_bad=config.max_bad,
         num_workers=config.num_workers,
         cache_dir=config.cache_dir,
         progress=progress,

@@ -14,6 +14,7 @@ HARMLESS = (
     "dataset_root",  # the fingerprints of data, base model and negatives are compared instead
     "model_name",
     "hard_negatives",
+    "max_bad",
     "num_workers",
     "cache_dir",
     "log_dir",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from koret.data.columns import take_rows
 from koret.data.markup import normalize_text
 from koret.evaluation.tasks import RetrievalTask
 
@@ -65,8 +66,8 @@ class Questions:
 
 def take_questions(dataset: Dataset, task: RetrievalTask) -> Questions:
     """The questions a task asks, with their answers and every passage that counts as right."""
-    rows = dataset.questions.take(task.question_rows)
-    passages = dataset.passages.take(task.passage_rows)
+    rows = take_rows(dataset.questions, task.question_rows)
+    passages = take_rows(dataset.passages, task.passage_rows)
     headings, texts = passages.column("heading").to_pylist(), passages.column("text").to_pylist()
     units = [make_unit(*unit) for unit in zip(headings, texts, strict=True)]
     answers = rows.column("answers").to_pylist()
