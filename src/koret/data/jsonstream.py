@@ -11,7 +11,7 @@ BLOCK = 1 << 18
 _LONGEST_VALUE = 512 << 20
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SCALAR_END = re.compile(rb"[\s,}\]]")
-_BACKSLASH = 0x5C
+_INSIDE_STRING = re.compile(rb'(?:[^"\\]*\\.){0,1000}[^"\\]*', re.DOTALL)  # bounded: every round is remembered
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
 
 
@@ -105,17 +105,12 @@ class JsonStream:
     def _skip_string(self, start: int) -> int:
         position = start + 1
         while True:
-            quote = self.buffer.find(b'"', position)
-            if quote < 0:
-                position = len(self.buffer)
+            position = _INSIDE_STRING.match(self.buffer, position).end()
+            after = self.buffer[position : position + 2]
+            if after.startswith(b'"'):
+                return position + 1
+            if len(after) < 2:  # the end of what was read, perhaps within an escape
                 self._grow(start)
-                continue
-            first = quote
-            while self.buffer[first - 1] == _BACKSLASH:
-                first -= 1
-            position = quote + 1
-            if (quote - first) % 2 == 0:  # an odd number of backslashes escapes it
-                return position
 
     def _skip_scalar(self, start: int) -> int:
         position = start
