@@ -36,13 +36,7 @@ def find_answer(context: str, answer: Answer) -> Span:
     """
     if answer.start >= 0 and context.startswith(answer.text, answer.start):
         return answer.start, answer.start + len(answer.text)
-    for text in dict.fromkeys((answer.text, normalize_text(answer.text), normalize_text(answer.text, "NFD"))):
-        first = context.find(text)
-        if first >= 0:
-            if context.find(text, first + 1) >= 0:
-                raise Unlocated("answer_start is wrong or missing and the answer occurs more than once")
-            return first, first + len(text)
-    raise Unlocated("the answer is not in the context")
+    return _find_only(context, answer.text, normalize_text(answer.text), normalize_text(answer.text, "NFD"))
 
 
 def find_quoted(clean: str, answer: str) -> Span:
@@ -51,12 +45,17 @@ def find_quoted(clean: str, answer: str) -> Span:
     The page itself may have tags and entities in it (``<b>42</b> km``), or have it once more where nobody reads it.
     Raises Unlocated when it reads so nowhere, or in several places.
     """
-    for text in dict.fromkeys((clean_html_text(answer), clean_page(answer, in_cell=True)[0])):
-        first = clean.find(text) if text else -1
+    return _find_only(clean, clean_html_text(answer), clean_page(answer, in_cell=True)[0])
+
+
+def _find_only(text: str, *spellings: str) -> Span:
+    """The only place of the first of an answer's spellings that occurs at all."""
+    for spelling in dict.fromkeys(spellings):
+        first = text.find(spelling) if spelling else -1
         if first >= 0:
-            if clean.find(text, first + 1) >= 0:
+            if text.find(spelling, first + 1) >= 0:
                 raise Unlocated("answer_start is wrong or missing and the answer occurs more than once")
-            return first, first + len(text)
+            return first, first + len(spelling)
     raise Unlocated("the answer is not in the context")
 
 

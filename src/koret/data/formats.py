@@ -294,11 +294,11 @@ class BeirReader(Reader):
             identity = "" if isinstance(record, str) else str(record.get("_id", ""))
             text = "" if isinstance(record, str) else record.get("text")
             found = [document for document in relevant.get(identity, ()) if document in documents]
-            if not identity or not isinstance(text, str) or not text.strip() or not found:
-                reason = "no relevant document in the corpus"
-                if not identity or not isinstance(text, str) or not text.strip():
-                    reason = "a query without '_id' and 'text'"
-                yield self.reject(number, reason, identity, "queries.jsonl")
+            if not identity or not isinstance(text, str) or not text.strip():
+                yield self.reject(number, "a query without '_id' and 'text'", identity, "queries.jsonl")
+                continue
+            if not found:
+                yield self.reject(number, "no relevant document in the corpus", identity, "queries.jsonl")
                 continue
             root = _find_root(owner, found[0])
             for document in found[1:]:

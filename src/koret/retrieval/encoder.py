@@ -87,11 +87,14 @@ class TextEncoder:
         return int(self.model.max_seq_length)
 
     def with_precision(self, precision: str) -> TextEncoder:
-        """The same model, its weights shared, computing in another precision ('auto': as in ``load_encoder``)."""
+        """This encoder, or one that shares its model and computes in another precision ('auto': the faster one)."""
+        precision = choose_precision(str(self.device)) if precision == "auto" else precision
+        if precision == self.precision:
+            return self
         return TextEncoder(
             self.model,
             name=self.name,
-            precision=choose_precision(str(self.device)) if precision == "auto" else precision,
+            precision=precision,
             query_prefix=self.prefixes["query"],
             passage_prefix=self.prefixes["passage"],
             gradient_checkpointing=self.gradient_checkpointing,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 _FEW, _PIECES = 64, 8  # queries that may be multiplied with a block in so many pieces
-_TIMED = 4096  # rows of a block that it takes to see which way is faster
 _NUMBERS_AT_ONCE = 1 << 19  # float64 numbers gathered together: they stay in the cache
 
 
@@ -95,18 +94,17 @@ def _cut_pieces(block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 WAYS: tuple[Way, ...] = (_multiply_whole, _multiply_from_left, _multiply_from_right)
-_chosen: dict[tuple[int, int], Way] = {}  # by how many queries, as a power of two, and threads
+_chosen: dict[tuple[int, int, int], Way] = {}  # by how many queries and rows, as powers of two, and threads
 
 
 def _choose_way(left: Tensor, right: Tensor) -> Way:
-    """Times all ways once, in turns. They take up to three times as long as each other, and which is fastest depends
-    on the processor: for a lone query torch's library takes one thread and packs the block first on some, on others
-    pieces are what it is slow with.
+    """Times all ways, in turns, for the first product of about this size.
+
+    One takes up to ten times as long as another, and which is fastest depends on the processor: for a lone query
+    torch's library takes one thread and packs the block first on some, on others pieces are what it is slow with.
     """
-    key = len(left).bit_length(), torch.get_num_threads()
+    key = len(left).bit_length(), len(right).bit_length(), torch.get_num_threads()
     if key not in _chosen:
-        if len(right) < _TIMED:
-            return _multiply_from_right
         best = dict.fromkeys(WAYS, float("inf"))
         for _ in range(3):
             for way in WAYS:

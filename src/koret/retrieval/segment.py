@@ -33,7 +33,7 @@ from koret.retrieval.store import Condition, Entry
 DTYPES = ("float32", "float16", "int8", "binary")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
 CHUNK = 16384  # rows multiplied together
-MOST_AT_ONCE = 64  # of them, for a lone query
+FOR_ONE = 64  # times as many rows, for a lone query
 RECENT = 4096  # rows whose strings are kept once they were a result: some megabytes
 WIDENED = 4096  # rows widened and multiplied together: they stay in the cache between the two
 _SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
@@ -170,7 +170,7 @@ class Segment:
         widened = torch.empty(WIDENED, self.vectors.shape[1]) if vectors.dtype == np.float16 else None
         step = CHUNK if widened is None or self.codes is not None else WIDENED
         if vectors.dtype == np.float32:  # threads wait for each other after every product: few queries, few products
-            step *= max(1, MOST_AT_ONCE // max(1, len(best.queries)))
+            step *= max(1, FOR_ONE // max(1, len(best.queries)))
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
             rows = np.arange(start, stop) if allowed is None else start + np.flatnonzero(allowed[start:stop])

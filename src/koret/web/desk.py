@@ -21,6 +21,7 @@ from koret.web.batching import MicroBatcher
 from koret.web.questions import Questions, Unit, make_unit
 
 DEPTH = 50  # results looked at per column: ranks below what is shown, and what fusion works on
+ENCODED_TOGETHER = 8  # questions: while their answers are laid out the next ones are encoded
 PIECE_CHARACTERS = 4000  # of pasted passages encoded at a time, so that nobody's question waits long behind them
 LEXICAL, FUSED = "bm25", "hybrid"
 
@@ -44,14 +45,11 @@ class Model:
 
     @classmethod
     def start(cls, column: Column, index: Index, precision: str) -> Model:
-        encoder = index.encoder
-        if precision != encoder.precision:
-            encoder = encoder.with_precision(precision)
-            if encoder.precision != "fp32":
-                probe_encoder(encoder)
-        return cls(
-            column, index, encoder, MicroBatcher(partial(_search_vectors, encoder, index), f"model {column.id}", 8)
-        )
+        encoder = index.encoder.with_precision(precision)
+        if encoder.precision != "fp32":
+            probe_encoder(encoder)
+        worker = MicroBatcher(partial(_search_vectors, encoder, index), f"model {column.id}", ENCODED_TOGETHER)
+        return cls(column, index, encoder, worker)
 
 
 def _search_vectors(encoder: TextEncoder, index: Index, queries: list[str]) -> list[list[Hit]]:
