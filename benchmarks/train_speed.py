@@ -15,7 +15,8 @@ writes a log. Arms:
   st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss, float32
   st-bf16       the same with bf16=True
   st-sdpa       bf16 without the base's dropout
-  st-eager      the same with attn_implementation="eager"; the faster of the two is the peer's best
+  st-eager      the same with attn_implementation="eager"
+  st-sdpa-fp32, st-eager-fp32   these two in float32; the fastest of the four is the peer's best
   st-cached     st-sdpa with CachedMultipleNegativesRankingLoss, 32 texts at a time
 
 Seconds are CPU seconds of all threads (of the clock on CUDA), for others may use the machine; those of the clock are
@@ -49,7 +50,7 @@ import numpy as np
 import torch
 
 from encode_speed import measure_products
-from koret.retrieval.encoder import DTYPES
+from koret.retrieval.encoder import DTYPES, choose_precision
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"answer": 64, "passage": 256}  # tokens a text is cut to
@@ -212,8 +213,11 @@ ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "st-bf16": lambda work, folder: train_peer(work, folder, bf16=True),
     "st-sdpa": lambda work, folder: train_peer(work, folder, lean=True, bf16=True),
     "st-eager": lambda work, folder: train_peer(work, folder, lean=True, bf16=True, attention="eager"),
+    "st-sdpa-fp32": lambda work, folder: train_peer(work, folder, lean=True),
+    "st-eager-fp32": lambda work, folder: train_peer(work, folder, lean=True, attention="eager"),
     "st-cached": lambda work, folder: train_peer(work, folder, lean=True, bf16=True, cached=True),
 }
+FLOAT32 = ("naive", "st", "st-sdpa-fp32", "st-eager-fp32")
 
 
 def work(name: str, task: Path) -> None:
@@ -272,7 +276,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
         for name in options.arms[at:] + options.arms[:at]:
             if not any("error" in one for one in calls[name]):
                 calls[name].append(call(name, file, options.threads))
-    rows = {}
+    rows, chosen = {}, choose_precision(options.device)
     for name, found in calls.items():
         if errors := [one["error"] for one in found if "error" in one]:
             rows[name] = {"error": errors[0]}
@@ -281,11 +285,12 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
         clock, cpu = np.array([s for one in found for s in one["seconds"][1:]]).T.tolist()
         seconds = clock if options.device == "cuda" else cpu
         took, peak = float(np.median(seconds)), max(one["peak_bytes"] for one in found)
-        limit = limits["fp32" if name in ("naive", "st") else "bf16"]
+        precision = chosen if name.startswith("koret") else "fp32" if name in FLOAT32 else "bf16"
+        limit = limits[precision]
         rows[name] = {
             "seconds": seconds, "clock_seconds": clock, "median": took,
             "pairs_per_second": batch / took, "tokens_per_second": tokens / took,
-            "peak_bytes": peak, "share_of_limit": operations / took / limit,
+            "peak_bytes": peak, "precision": precision, "share_of_limit": operations / took / limit,
         }  # fmt: skip
         print(f"  {name:11} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
     return {"task": task, "batch": batch, "tokens": tokens, "operations": operations, "rows": rows}

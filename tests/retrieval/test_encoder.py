@@ -7,6 +7,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from koret.retrieval import encoder as encoders
 from koret.retrieval.encoder import TextEncoder, choose_precision, cut_by_tokens, load_encoder
 from koret.retrieval.inference import E5KorQuADInference
 
@@ -96,6 +97,20 @@ def test_missing_models_and_impossible_lengths_say_what_to_do(tmp_path):
 
 def test_precision_is_chosen_by_measurement():
     assert choose_precision("cpu") in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(("slower", "chosen", "most"), [(torch.bfloat16, "fp32", 3), (torch.float32, "bf16", 40)])
+def test_a_type_without_hardware_for_it_is_given_up_after_three_products(monkeypatch, slower, chosen, most):
+    products, clock = [], [0.0]
+
+    def multiply(x, weight):
+        products.append(x.dtype)
+        clock[0] += 0.05 if x.dtype == slower else 0.01
+
+    monkeypatch.setattr(encoders.F, "linear", multiply)
+    monkeypatch.setattr(encoders.time, "perf_counter", lambda: clock[0])
+    assert choose_precision("cpu") == chosen
+    assert products.count(torch.bfloat16) == products.count(torch.float32) == most
 
 
 def test_inference_search_ranks_by_cosine_and_keeps_ties_in_order(encoder, tmp_path):

@@ -332,10 +332,10 @@ def can_reorder(dtype: torch.dtype, weights: list[Tensor]) -> bool:
     """
     return (
         weights[0].device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
         and not any(weight.requires_grad for weight in weights)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
 
