@@ -1,7 +1,8 @@
 """Training beside its peers: seconds a step, tokens a second, peak memory, share of the machine's arithmetic.
 
-    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:64 passage:32 ...] [--threads 1]
+    python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:64 passage:64 ...] [--threads 1]
                                      [--steps 2] [--rounds 2] [--arms koret naive ...] [--device cpu] [--limit-gb 10]
+                                     [--beside 0] [--name MACHINE]
     python benchmarks/train_speed.py KorQuAD_v1.0_dev.json --curves
 
 Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
@@ -9,8 +10,9 @@ with random weights and the offline base's tokenizer) on the same pairs, with dr
 clipping. Each arm is a process of its own in every round, the order turning; its first step is not counted, and no step
 writes a log. Arms:
 
-  koret         koret train, everything at its defaults
+  koret         koret train, everything at its defaults, waiting threads as the command sets them (koret.cli)
   koret-small   the same with 2,048 tokens encoded at a time (GradCache)
+  koret-spin    the same as koret with threads that wait as OpenMP has them wait
   naive         the loop many people have: transformers, PEFT, padded batches tokenised as they come
   st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss, float32
   st-bf16       the same with bf16=True
@@ -20,13 +22,15 @@ writes a log. Arms:
   st-cached     st-sdpa with CachedMultipleNegativesRankingLoss, 32 texts at a time
 
 Seconds are CPU seconds of all threads (of the clock on CUDA), for others may use the machine; those of the clock are
-kept beside them. A process may take --limit-gb of memory for data; an arm that does not fit is reported as such. A run
-replaces the cases it measured in the results and keeps the others, so it can be done in pieces.
+kept beside them. --beside N keeps N other processes busy. A process may take --limit-gb of memory for data; an arm that
+does not fit is reported as such. A run replaces the cases it measured in the results and keeps the others, so it can be
+done in pieces.
 
 Operations a token of n, with a frozen base of layers of P weights in products: 2 P forward and 2 P backward (no
 weight needs a gradient but the adapters, left out as under 1 %), and 12 C n for attention forward and backward. The
 limits are the fastest 2048 x 2048 products measured here, in float32 and bfloat16; an arm is held against its own
-type's. Tokens are real ones, distinct texts of a step once. Writes results/train_speed.json (train_speed_cuda.json).
+type's. Tokens are real ones, distinct texts of a step once. Writes results/train_speed.json (train_speed_cuda.json,
+train_speed_NAME.json).
 
 --curves trains koret and the peer on the same batches from the same adapters, no dropout, float32, and writes both
 losses to results/train_curves.json. Table and pictures are in docs/RESULTS.md.
@@ -50,6 +54,7 @@ import numpy as np
 import torch
 
 from encode_speed import measure_products
+from koret.cli import SPINS
 from koret.retrieval.encoder import DTYPES, choose_precision
 
 RESULTS = Path(__file__).parent / "results"
@@ -208,6 +213,7 @@ def train_peer(
 ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "koret": train_koret,
     "koret-small": lambda work, folder: train_koret(work, folder, tokens=2048),
+    "koret-spin": train_koret,
     "naive": train_naive,
     "st": train_peer,
     "st-bf16": lambda work, folder: train_peer(work, folder, bf16=True),
@@ -245,13 +251,21 @@ def count_operations(lengths: Sequence[int]) -> float:
     return float(LAYERS * (4 * weights * n.sum() + 12 * WIDTH * (n**2).sum()))
 
 
-def call(name: str, task: Path, threads: int) -> dict[str, Any]:
-    """One arm, once; ``error`` with its last words where it did not come through."""
+def call(name: str, task: Path, threads: int, beside: int) -> dict[str, Any]:
+    """One arm, once, beside so many busy processes; ``error`` with its last words where it did not come through."""
     given = json.loads(task.read_text(encoding="utf-8"))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", name, str(task)], capture_output=True, text=True, env=environment
-    )
+    if name.startswith("koret") and name != "koret-spin":
+        environment.setdefault("GOMP_SPINCOUNT", SPINS)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--worker", name, str(task)], capture_output=True, text=True, env=environment
+        )
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         words = said[-1] if said else f"exit {done.returncode}"
@@ -275,7 +289,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
         at = turn % len(options.arms)
         for name in options.arms[at:] + options.arms[:at]:
             if not any("error" in one for one in calls[name]):
-                calls[name].append(call(name, file, options.threads))
+                calls[name].append(call(name, file, options.threads, options.beside))
     rows, chosen = {}, choose_precision(options.device)
     for name, found in calls.items():
         if errors := [one["error"] for one in found if "error" in one]:
@@ -351,13 +365,15 @@ def write_curves(data: Path, folder: Path, steps: int = 25, batch: int = 16) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--cases", nargs="+", metavar="TASK:BATCH", default=["answer:64", "passage:32"])
+    parser.add_argument("--cases", nargs="+", metavar="TASK:BATCH", default=["answer:64", "passage:64"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--beside", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-gb", type=float, default=10.0)
+    parser.add_argument("--name", help="of the machine, where its results are kept beside another one's")
     parser.add_argument("--curves", action="store_true")
     options = parser.parse_args()
     options.data = options.data.resolve()
@@ -367,9 +383,16 @@ def main() -> None:
             write_curves(options.data, Path(place))
         return
     limits = {name: measure_products(DTYPES[name], options.device) for name in ("fp32", "bf16")}
-    file = RESULTS / ("train_speed.json" if options.device == "cpu" else f"train_speed_{options.device}.json")
+    device = None if options.device == "cpu" else options.device
+    file = RESULTS / f"{'_'.join(filter(None, ('train_speed', device, options.name)))}.json"
     known = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.is_file() else []
-    result = {"device": options.device, "threads": options.threads, "limits": limits, "shape": [LAYERS, WIDTH, INNER]}
+    result = {
+        "device": options.device,
+        "threads": options.threads,
+        "beside": options.beside,
+        "limits": limits,
+        "shape": [LAYERS, WIDTH, INNER],
+    }
     with tempfile.TemporaryDirectory() as place:
         folder, cases = Path(place), []
         build_model(folder / "model")

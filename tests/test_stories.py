@@ -229,6 +229,22 @@ def test_wrong_usage_exits_with_2_and_says_what_was_meant(tmp_path, capsys):
     assert "'batch_sise' (did you mean 'batch_size'?)" in message and "learning_rate" in message
 
 
+def test_waiting_threads_give_way_unless_the_user_decides_otherwise():
+    """The variables are read when torch is loaded: the command must set them before, and its own parsing load none."""
+    code = (
+        "import os, sys; from koret.cli import main; assert 'torch' not in sys.modules; "
+        "main(['runs', '--log-dir', '.']); print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for given, expected in (
+        ({}, f"{cli.SPINS} None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "active"}, "None active"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == expected, done
+
+
 def test_missing_model_says_how_to_go_on(capsys):
     assert call("train", *SMALL, "--model-name", "nobody/no-such-model") == 2
     assert "--model-name offline" in capsys.readouterr().err
