@@ -1,4 +1,4 @@
-"""A padding-free forward for BERT-family encoders: flat tokens, block-diagonal attention, pooling on flat tokens.
+"""A padding-free forward for BERT-family encoders: flat tokens, attention within each text, pooling on flat tokens.
 
 It reads the weights of an ordinary Hugging Face BERT, RoBERTa or XLM-RoBERTa module, adapters of PEFT included, and
 computes what that module computes, without spending anything on padding; linear layers may be kept in 4 bits by
@@ -10,11 +10,14 @@ C width, H heads, D = C / H.
 
 Attention runs per block with a mask that keeps texts apart, or, for long texts, on groups of exactly equal length;
 its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). On CPU the
-flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole.
+flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole. On CUDA the
+texts stand side by side without blocks, for a kernel that takes sequences of any length, or, where there is none, are
+padded after all: ``attention.choose_path`` decides.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,12 +28,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from koret.retrieval.attention import BlockAttention
+from koret.retrieval.attention import AttentionPath, FlatTexts, choose_path, mix_tokens
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 BLOCK = 64  # tokens of a block that short texts share
 SHORT = 48  # texts up to this many tokens share blocks; longer ones stand alone
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
+log = logging.getLogger(__name__)
 
 
 def explain_unsupported(backbone: nn.Module) -> str | None:
@@ -101,8 +105,15 @@ def plan_layout(lengths: Sequence[int], block: int = BLOCK, short: int = SHORT) 
     return Layout(at, starts, list(lengths), groups)
 
 
+def plan_flat_layout(lengths: Sequence[int]) -> Layout:
+    """The texts one behind the other and nothing between them, for variable-length attention."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    tokens = starts.pop()
+    return Layout(tokens, starts, list(lengths), [(at, 1, n, None) for at, n in zip(starts, lengths, strict=True)])
+
+
 def plan_padded_layout(lengths: Sequence[int]) -> Layout:
-    """One group of all texts, each padded to the longest: few large kernels, for devices that prefer those."""
+    """One group of all texts, each padded to the longest: for CUDA without variable-length attention."""
     longest = max(lengths)
     inside = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
     mask = torch.zeros(len(lengths), longest, longest).masked_fill_(~inside[:, None, :], float("-inf"))
@@ -152,41 +163,65 @@ class PackedEncoder:
         self.core = find_core(backbone)
         config = backbone.config
         self.heads = config.num_attention_heads
+        self.head_size = config.hidden_size // self.heads
         self.epsilon = config.layer_norm_eps
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
+        self._paths: dict[torch.device, AttentionPath] = {}
         self._frozen: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.embeddings.word_embeddings.weight.device
+
+    @property
+    def path(self) -> AttentionPath:
+        """Which attention runs where the module is now; decided once for a device."""
+        device = self.device
+        if device not in self._paths:
+            self._paths[device] = choose_path(device, self.dtype, self.head_size)
+            log.info("on %s: %s", device, self._paths[device].words)
+        return self._paths[device]
 
     def forward(self, ids: Sequence[np.ndarray]) -> Tensor:
         """Token ids of N texts -> (N, C) pooled vectors, float32 at least, not normalised, in the given order."""
-        device = self.core.embeddings.word_embeddings.weight.device
-        lengths = [len(x) for x in ids]
-        layout = plan_padded_layout(lengths) if device.type == "cuda" else plan_layout(lengths)
+        device, path = self.device, self.path
+        plan = {"blocks": plan_layout, "padded": plan_padded_layout, "flat": plan_flat_layout}[path.layout]
+        layout = plan([len(x) for x in ids])
         flat = np.zeros((3, layout.tokens), np.int64)  # ids, positions, text number (N: no text)
         flat[2] = len(ids)
         for number, (start, tokens) in enumerate(zip(layout.starts, ids, strict=True)):
             span = slice(start, start + len(tokens))
             flat[0, span], flat[1, span], flat[2, span] = tokens, np.arange(len(tokens)), number
+        # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
-        groups = [
-            (at, n, length, None if mask is None else mask.to(device, self.dtype))
-            for at, n, length, mask in layout.groups
-        ]
+        starts, lengths = torch.tensor([layout.starts, layout.lengths]).to(device, non_blocking=True)
+        groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
         layers = [self._read_layer(layer) for layer in self.core.encoder.layer]
         slices = [(layout.tokens, groups)]
         # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
-        if device.type == "cpu" and not any(layer.trains for layer in layers):
+        if path.layout == "blocks" and device.type == "cpu" and not any(layer.trains for layer in layers):
             slices = cut_slices(groups, SLICE * torch.get_num_threads())
         parts = [
             self._run_slice(layers, part, inside)
             for part, (_, inside) in zip(x.split([n for n, _ in slices]), slices, strict=True)
         ]
-        return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), layout, owner, device)
+        return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), owner, starts, lengths)
 
-    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: list) -> Tensor:
+    def _move_groups(self, layout: Layout, path: AttentionPath, device: torch.device) -> list | FlatTexts:
+        """What attention needs to keep texts apart, on the device, once for all layers."""
+        if path.kernel is not None:
+            bounds = torch.tensor([*layout.starts, layout.tokens], dtype=torch.int32)
+            return FlatTexts(bounds.to(device, non_blocking=True), max(layout.lengths), path.kernel)
+        return [
+            (at, n, length, None if mask is None else mask.to(device, self.dtype))
+            for at, n, length, mask in layout.groups
+        ]
+
+    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: list | FlatTexts) -> Tensor:
         for layer in layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._run_layer, layer, x, groups, use_reentrant=False)
@@ -218,9 +253,9 @@ class PackedEncoder:
         norms = [(self._read([n.weight]), self._read([n.bias])) for n in (joined.LayerNorm, layer.output.LayerNorm)]
         return _Layer(linears, norms)
 
-    def _run_layer(self, layer: _Layer, x: Tensor, groups: list) -> Tensor:
+    def _run_layer(self, layer: _Layer, x: Tensor, groups: list | FlatTexts) -> Tensor:
         qkv, join, widen, narrow = layer.linears
-        mixed = BlockAttention.apply(qkv.apply(x), groups, self.heads)
+        mixed = mix_tokens(qkv.apply(x), groups, self.heads)
         x = F.layer_norm(join.apply(mixed) + x, (x.shape[1],), *layer.norms[0], self.epsilon)
         hidden = self.activation(widen.apply(x))
         return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
@@ -266,12 +301,12 @@ class PackedEncoder:
             self._frozen[key] = version, stacked, parameters  # kept alive, so that no other takes their ids
         return self._frozen[key][1]
 
-    def _pool(self, x: Tensor, layout: Layout, owner: Tensor, device: torch.device) -> Tensor:
+    def _pool(self, x: Tensor, owner: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
         if self.pooling == "cls":
-            return _widen(x[torch.tensor(layout.starts, device=device)])
+            return _widen(x[starts])
         x = _widen(x)
-        sums = x.new_zeros(len(layout.lengths) + 1, x.shape[1]).index_add(0, owner, x)
-        return sums[:-1] / torch.tensor(layout.lengths, dtype=x.dtype, device=device)[:, None]
+        sums = x.new_zeros(len(lengths) + 1, x.shape[1]).index_add(0, owner, x)
+        return sums[:-1] / lengths.to(x.dtype)[:, None]
 
 
 @dataclass
