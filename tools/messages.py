@@ -45,6 +45,7 @@ NAMED = {
     "koret.data.totals": ("compare_totals",),
     "koret.data.sources": ("_list_file", "_list_zip", "_find_other_json"),
     "koret.evaluation.audit": ("sentence",),
+    "koret.retrieval.attention": ("explain_padding",),
     "koret.retrieval.packed": ("explain_unsupported",),
     "koret.web.words": ("_SENTENCES",),  # in every language they are said in
 }

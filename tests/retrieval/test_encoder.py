@@ -8,6 +8,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from koret.retrieval import encoder as encoders
+from koret.retrieval import packed
+from koret.retrieval.attention import AttentionPath
 from koret.retrieval.encoder import TextEncoder, choose_precision, cut_by_tokens, load_encoder
 from koret.retrieval.inference import E5KorQuADInference
 
@@ -59,6 +61,14 @@ def test_padded_path_gives_the_same_vectors(encoder):
     slow = TextEncoder(encoder.model, name="slow")
     slow.slow_path_reason = "forced"
     assert np.allclose(slow.encode(TEXTS, "passage"), encoder.encode(TEXTS, "passage"), atol=2e-6)
+
+
+def test_the_path_says_how_a_device_keeps_texts_apart(encoder, monkeypatch):
+    words = "padded to the longest text (float32 has no variable-length kernel)"
+    monkeypatch.setattr(packed, "choose_path", lambda *_: AttentionPath("padded", None, words))
+    other = TextEncoder(encoder.model, name="other")
+    assert other.path == words
+    assert np.allclose(other.encode(TEXTS, "passage"), encoder.encode(TEXTS, "passage"), atol=2e-6)
 
 
 def test_long_texts_are_clipped_before_tokenising_without_changing_their_ids(encoder):

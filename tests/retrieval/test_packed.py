@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from koret.retrieval import packed
+from koret.retrieval import attention, packed
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
@@ -222,7 +222,7 @@ def test_the_fused_attention_of_accelerators_mixes_as_the_cpu_does(masked):
     scores = q @ k.transpose(1, 2)
     if masked:
         scores = scores + mask.repeat_interleave(heads, 0)
-    fused = packed._mix_fused(q, k, v, mask, heads)
+    fused = attention._mix_fused(q, k, v, mask, heads)
     assert fused.shape == (len(lengths), heads, max(lengths), width)
     torch.testing.assert_close(fused.reshape(v.shape), torch.softmax(scores, -1) @ v)
 

@@ -104,7 +104,7 @@ class TextEncoder:
     @property
     def path(self) -> str:
         """In words, which forward runs."""
-        return "padding-free" if self.slow_path_reason is None else f"padded ({self.slow_path_reason})"
+        return f"padded ({self.slow_path_reason})" if self.slow_path_reason else self._packed_forward().path.words
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
         """Token ids of each text, prefix and special tokens included, cut to max_seq_length: N arrays of int32.

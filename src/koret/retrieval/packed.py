@@ -1,4 +1,4 @@
-"""A padding-free forward for BERT-family encoders: flat tokens, block-diagonal attention, pooling on flat tokens.
+"""A padding-free forward for BERT-family encoders: flat tokens, attention within each text, pooling on flat tokens.
 
 It reads the weights of an ordinary Hugging Face BERT, RoBERTa or XLM-RoBERTa module, adapters of PEFT included, and
 computes what that module computes, without spending anything on padding; linear layers may be kept in 4 bits by
@@ -10,11 +10,14 @@ C width, H heads, D = C / H.
 
 Attention runs per block with a mask that keeps texts apart, or, for long texts, on groups of exactly equal length;
 its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). On CPU the
-flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole.
+flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole. On CUDA the
+texts stand side by side without blocks, for a kernel that takes sequences of any length, or, where there is none, are
+padded after all: ``attention.choose_path`` decides.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,11 +28,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
+from koret.retrieval.attention import AttentionPath, FlatTexts, choose_path, mix_tokens
+
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 BLOCK = 64  # tokens of a block that short texts share
 SHORT = 48  # texts up to this many tokens share blocks; longer ones stand alone
-CHUNK_BYTES = 1_600_000  # attention scores worked on at a time on CPU: about what its cache holds
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
+log = logging.getLogger(__name__)
 
 
 def explain_unsupported(backbone: nn.Module) -> str | None:
@@ -100,8 +105,15 @@ def plan_layout(lengths: Sequence[int], block: int = BLOCK, short: int = SHORT) 
     return Layout(at, starts, list(lengths), groups)
 
 
+def plan_flat_layout(lengths: Sequence[int]) -> Layout:
+    """The texts one behind the other and nothing between them, for variable-length attention."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    tokens = starts.pop()
+    return Layout(tokens, starts, list(lengths), [(at, 1, n, None) for at, n in zip(starts, lengths, strict=True)])
+
+
 def plan_padded_layout(lengths: Sequence[int]) -> Layout:
-    """One group of all texts, each padded to the longest: few large kernels, for devices that prefer those."""
+    """One group of all texts, each padded to the longest: for CUDA without variable-length attention."""
     longest = max(lengths)
     inside = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
     mask = torch.zeros(len(lengths), longest, longest).masked_fill_(~inside[:, None, :], float("-inf"))
@@ -151,41 +163,65 @@ class PackedEncoder:
         self.core = find_core(backbone)
         config = backbone.config
         self.heads = config.num_attention_heads
+        self.head_size = config.hidden_size // self.heads
         self.epsilon = config.layer_norm_eps
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
+        self._paths: dict[torch.device, AttentionPath] = {}
         self._frozen: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.embeddings.word_embeddings.weight.device
+
+    @property
+    def path(self) -> AttentionPath:
+        """Which attention runs where the module is now; decided once for a device."""
+        device = self.device
+        if device not in self._paths:
+            self._paths[device] = choose_path(device, self.dtype, self.head_size)
+            log.info("on %s: %s", device, self._paths[device].words)
+        return self._paths[device]
 
     def forward(self, ids: Sequence[np.ndarray]) -> Tensor:
         """Token ids of N texts -> (N, C) pooled vectors, float32 at least, not normalised, in the given order."""
-        device = self.core.embeddings.word_embeddings.weight.device
-        lengths = [len(x) for x in ids]
-        layout = plan_padded_layout(lengths) if device.type == "cuda" else plan_layout(lengths)
+        device, path = self.device, self.path
+        plan = {"blocks": plan_layout, "padded": plan_padded_layout, "flat": plan_flat_layout}[path.layout]
+        layout = plan([len(x) for x in ids])
         flat = np.zeros((3, layout.tokens), np.int64)  # ids, positions, text number (N: no text)
         flat[2] = len(ids)
         for number, (start, tokens) in enumerate(zip(layout.starts, ids, strict=True)):
             span = slice(start, start + len(tokens))
             flat[0, span], flat[1, span], flat[2, span] = tokens, np.arange(len(tokens)), number
+        # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
-        groups = [
-            (at, n, length, None if mask is None else mask.to(device, self.dtype))
-            for at, n, length, mask in layout.groups
-        ]
+        starts, lengths = torch.tensor([layout.starts, layout.lengths]).to(device, non_blocking=True)
+        groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
         layers = [self._read_layer(layer) for layer in self.core.encoder.layer]
         slices = [(layout.tokens, groups)]
         # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
-        if device.type == "cpu" and not any(layer.trains for layer in layers):
+        if path.layout == "blocks" and device.type == "cpu" and not any(layer.trains for layer in layers):
             slices = cut_slices(groups, SLICE * torch.get_num_threads())
         parts = [
             self._run_slice(layers, part, inside)
             for part, (_, inside) in zip(x.split([n for n, _ in slices]), slices, strict=True)
         ]
-        return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), layout, owner, device)
+        return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), owner, starts, lengths)
 
-    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: list) -> Tensor:
+    def _move_groups(self, layout: Layout, path: AttentionPath, device: torch.device) -> list | FlatTexts:
+        """What attention needs to keep texts apart, on the device, once for all layers."""
+        if path.kernel is not None:
+            bounds = torch.tensor([*layout.starts, layout.tokens], dtype=torch.int32)
+            return FlatTexts(bounds.to(device, non_blocking=True), max(layout.lengths), path.kernel)
+        return [
+            (at, n, length, None if mask is None else mask.to(device, self.dtype))
+            for at, n, length, mask in layout.groups
+        ]
+
+    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: list | FlatTexts) -> Tensor:
         for layer in layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._run_layer, layer, x, groups, use_reentrant=False)
@@ -217,9 +253,9 @@ class PackedEncoder:
         norms = [(self._read([n.weight]), self._read([n.bias])) for n in (joined.LayerNorm, layer.output.LayerNorm)]
         return _Layer(linears, norms)
 
-    def _run_layer(self, layer: _Layer, x: Tensor, groups: list) -> Tensor:
+    def _run_layer(self, layer: _Layer, x: Tensor, groups: list | FlatTexts) -> Tensor:
         qkv, join, widen, narrow = layer.linears
-        mixed = BlockAttention.apply(qkv.apply(x), groups, self.heads)
+        mixed = mix_tokens(qkv.apply(x), groups, self.heads)
         x = F.layer_norm(join.apply(mixed) + x, (x.shape[1],), *layer.norms[0], self.epsilon)
         hidden = self.activation(widen.apply(x))
         return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
@@ -265,12 +301,12 @@ class PackedEncoder:
             self._frozen[key] = version, stacked, parameters  # kept alive, so that no other takes their ids
         return self._frozen[key][1]
 
-    def _pool(self, x: Tensor, layout: Layout, owner: Tensor, device: torch.device) -> Tensor:
+    def _pool(self, x: Tensor, owner: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
         if self.pooling == "cls":
-            return _widen(x[torch.tensor(layout.starts, device=device)])
+            return _widen(x[starts])
         x = _widen(x)
-        sums = x.new_zeros(len(layout.lengths) + 1, x.shape[1]).index_add(0, owner, x)
-        return sums[:-1] / torch.tensor(layout.lengths, dtype=x.dtype, device=device)[:, None]
+        sums = x.new_zeros(len(lengths) + 1, x.shape[1]).index_add(0, owner, x)
+        return sums[:-1] / lengths.to(x.dtype)[:, None]
 
 
 @dataclass
@@ -365,97 +401,6 @@ class FourBitLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ dequantize(ctx.weight).to(gradient.dtype), None
-
-
-class BlockAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(D)) V per group of flat tokens (Vaswani et al. 2017); keeps no probabilities."""
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, groups: list, heads: int) -> Tensor:
-        """qkv (T, 3C) -> (T, C)."""
-        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        scratch = _Scratch(qkv)
-        for at, n, length, mask in _cut_groups(groups, heads, qkv):
-            q, k, v = _split_heads(qkv, at, n, length, heads)
-            if qkv.device.type == "cpu":
-                mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
-            else:
-                mixed = _mix_fused(q, k, v, mask, heads)
-            _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
-        ctx.save_for_backward(qkv)
-        ctx.groups, ctx.heads = groups, heads
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (qkv,) = ctx.saved_tensors
-        result, scratch = torch.empty_like(qkv), _Scratch(qkv)
-        for at, n, length, mask in _cut_groups(ctx.groups, ctx.heads, qkv):
-            q, k, v = _split_heads(qkv, at, n, length, ctx.heads)
-            p = _attend(q, k, mask, scratch.take("scores", n * ctx.heads, length))
-            outer = _join_heads(gradient, at, n, length, ctx.heads).transpose(1, 2).reshape(q.shape)
-            parts = result[at : at + n * length].view(n, length, 3, ctx.heads, -1).permute(2, 0, 3, 1, 4)
-            parts[2].copy_(torch.bmm(p.transpose(1, 2), outer).view(parts[2].shape))
-            d_scores = torch.bmm(outer, v.transpose(1, 2), out=scratch.take("gradients", n * ctx.heads, length))
-            torch._softmax_backward_data(d_scores, p, -1, p.dtype, grad_input=d_scores)
-            parts[0].copy_(torch.bmm(d_scores, k).mul_(q.shape[-1] ** -0.5).view(parts[0].shape))
-            parts[1].copy_(torch.bmm(d_scores.transpose(1, 2), q).view(parts[1].shape))
-        return result, None, None
-
-
-def _mix_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -> Tensor:
-    """softmax(q k^T + mask) v by the framework's fused kernels, which keep no scores: (n H, L, D) -> (n, H, L, D)."""
-    q, k, v = (part.view(-1, heads, *part.shape[1:]) for part in (q, k, v))
-    bias = None if mask is None else mask[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # q is scaled already
-
-
-class _Scratch:
-    """Memory for scores that every piece of a call writes anew: fresh pages would cost more than the arithmetic."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like, self.kept = like, dict[str, Tensor]()
-
-    def take(self, name: str, n: int, length: int) -> Tensor:
-        """(n, length, length), not initialised."""
-        size = n * length * length
-        if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = self.like.new_empty(size)
-        return self.kept[name][:size].view(n, length, length)
-
-
-def _cut_groups(groups: list, heads: int, qkv: Tensor):
-    """The groups, cut so that one piece's scores stay in the CPU's cache; whole on other devices."""
-    for at, n, length, mask in groups:
-        piece = n
-        if qkv.device.type == "cpu":
-            piece = max(1, CHUNK_BYTES // (heads * length * length * qkv.element_size()))
-        for first in range(0, n, piece):
-            last = min(n, first + piece)
-            yield at + first * length, last - first, length, None if mask is None else mask[first:last]
-
-
-def _split_heads(qkv: Tensor, at: int, n: int, length: int, heads: int) -> Tensor:
-    """Flat (T, 3C) -> q / sqrt(D), k and v as one contiguous (3, n H, length, D)."""
-    parts = qkv[at : at + n * length].view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    parts = parts.clone(memory_format=torch.contiguous_format).view(3, n * heads, length, -1)
-    parts[0].mul_(parts.shape[-1] ** -0.5)
-    return parts
-
-
-def _join_heads(flat: Tensor, at: int, n: int, length: int, heads: int) -> Tensor:
-    """A (n, length, H, D) view of flat (T, C)."""
-    return flat[at : at + n * length].view(n, length, heads, -1)
-
-
-def _attend(q: Tensor, k: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
-    """Attention probabilities (n H, length, length) of scaled q, written to ``out``."""
-    if mask is not None:
-        out.view(len(mask), -1, *mask.shape[1:]).copy_(mask[:, None].expand(-1, len(out) // len(mask), -1, -1))
-        torch.baddbmm(out, q, k.transpose(1, 2), out=out)
-    else:
-        torch.bmm(q, k.transpose(1, 2), out=out)
-    return torch.softmax(out, -1, out=out)
 
 
 def _widen(x: Tensor) -> Tensor:
