@@ -189,35 +189,35 @@ def _cut(texts: list[str]) -> list[list[str]]:
 def _lay_out(found: dict[str, tuple[list[Hit], float]], k: int, gold: frozenset[Unit]) -> dict[str, Any]:
     """Columns of the first ``k`` hits, and the passages they show: each once, with its rank in every column."""
     passages: dict[Unit, dict[str, Any]] = {}
-    ranks: dict[Unit, dict[str, int]] = {}
+    ranks: dict[str, dict[Unit, int]] = {}
     columns = []
     for id_, (hits, seconds) in found.items():
         units = [make_unit(hit.entry.heading, hit.entry.text) for hit in hits]
-        for unit, hit in zip(units, hits, strict=True):
-            ranks.setdefault(unit, {}).setdefault(id_, hit.rank)
+        # of passages that are one the first counts: it comes last here
+        ranks[id_] = own = dict(zip(reversed(units), [hit.rank for hit in reversed(hits)], strict=True))
         shown = []
         for unit, hit in zip(units[:k], hits[:k], strict=True):
-            place = passages.setdefault(
-                unit,
-                {
+            place = passages.get(unit)
+            if place is None:
+                entry = hit.entry
+                place = passages[unit] = {
                     "key": f"p{len(passages)}",
-                    "id": hit.entry.id,
-                    "heading": hit.entry.heading,
-                    "text": hit.entry.text,
+                    "id": entry.id,
+                    "heading": entry.heading,
+                    "text": entry.text,
                     "gold": unit in gold,
-                },
-            )
+                }
             shown.append({"rank": hit.rank, "passage": place["key"], "score": round(hit.score, 6)})
-        right = [hit.rank for unit, hit in zip(units, hits, strict=True) if unit in gold]
         columns.append(
             {
                 "id": id_,
                 "milliseconds": round(1000 * seconds, 2),
                 "hits": shown,
                 "lowest": round(hits[-1].score, 6) if hits else None,
-                "gold_rank": min(right, default=None),
+                "gold_rank": min((own[unit] for unit in gold if unit in own), default=None),
                 "depth": len(hits),
             }
         )
-    listed = {one["key"]: {**one, "ranks": ranks[unit]} for unit, one in passages.items()}
-    return {"columns": columns, "passages": listed}
+    for unit, place in passages.items():
+        place["ranks"] = {id_: own[unit] for id_, own in ranks.items() if unit in own}
+    return {"columns": columns, "passages": {place["key"]: place for place in passages.values()}}
