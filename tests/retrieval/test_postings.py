@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from koret.retrieval import postings
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.postings import K1, B, Postings, Statistics, hash_text, take_best
 
@@ -63,8 +64,10 @@ def test_deleted_passages_do_not_count():
     assert scores[live] == pytest.approx(score_by_hand(kept, "서울 바다 학교"))
 
 
+@pytest.mark.parametrize("at_once", [1 << 20, 60, 0])
 @pytest.mark.parametrize("deleted", [False, True])
-def test_all_terms_at_once_are_term_after_term_to_the_last_bit(deleted):
+def test_all_terms_at_once_are_term_after_term_to_the_last_bit(deleted, at_once, monkeypatch):
+    monkeypatch.setattr(postings, "AT_ONCE", at_once)
     texts = make_texts(90, seed=3)
     parts = [Postings.build(own, "bigram") for own in (texts[:50], texts[50:], ["", "?"], [])]
     live = [np.arange(len(part.lengths)) % 4 > 0 if deleted else None for part in parts]

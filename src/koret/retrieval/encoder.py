@@ -155,16 +155,17 @@ class TextEncoder:
         vectors = np.empty((len(ids), self.dimensions), np.float32)
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         batches = cut_by_tokens(order, ids, budget or BATCH_TOKENS.get(self.device.type, 8192))
-        in_training = [module for module in self.model.modules() if module.training]
-        if in_training:  # setting the mode of every module takes six times as long as looking at it
+        was_training = self.model.training
+        in_training = any(module.training for module in self.model.modules())
+        if in_training:  # to look at every module's mode takes a sixth of the time that setting it twice does
             self.model.eval()
         try:
             with torch.no_grad():
                 for batch in _track(batches, label, progress):
                     vectors[batch] = self.embed([ids[i] for i in batch]).cpu().numpy()
         finally:
-            for module in in_training:
-                module.training = True
+            if in_training:
+                self.model.train(was_training)
         return vectors
 
     def save(self, directory: str | Path) -> None:

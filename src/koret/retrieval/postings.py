@@ -19,6 +19,7 @@ from koret.retrieval.exact import rank_scores
 from koret.retrieval.lexical import Tokenizer, tokenize
 
 K1, B = 1.2, 0.75  # Lucene's, as in lexical.LexicalIndex
+AT_ONCE = 1 << 20  # postings of a query scored together: some 40 MB
 PARTS = ("terms", "offsets", "rows", "counts", "lengths")
 
 
@@ -113,16 +114,27 @@ class Statistics:
     def _score_segment(
         self, segment: Postings, place: tuple[np.ndarray, np.ndarray], known: np.ndarray, weights: np.ndarray
     ) -> np.ndarray:
-        """All terms at once: calls for each of them would hold up other threads longer than the sums take."""
-        if not len(known):
-            return np.zeros(len(segment.lengths))
-        starts, ends = place[0][known], place[1][known]
+        """The terms one after another, or all at once to the same bits: few calls hold up other threads for less."""
+        starts, ends, weights = place[0][known], place[1][known], weights[known]
+        if len(known) and (ends - starts).sum() <= AT_ONCE:
+            rows, shares = self._weigh(segment, starts, ends, weights)
+            return np.bincount(rows, weights=shares, minlength=len(segment.lengths))  # adds in the order of the terms
+        scores = np.zeros(len(segment.lengths))
+        for i in range(len(known)):
+            own = slice(i, i + 1)
+            rows, shares = self._weigh(segment, starts[own], ends[own], weights[own])
+            scores[rows] += shares
+        return scores
+
+    def _weigh(
+        self, segment: Postings, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the postings of some terms, and what each adds to its row's score."""
         spans = list(map(slice, starts.tolist(), ends.tolist()))
         rows = np.concatenate([segment.rows[span] for span in spans])
         counts = np.concatenate([segment.counts[span] for span in spans]).astype(np.float64)
         length = 1 - B + B * segment.lengths[rows] / self.mean_length
-        shares = np.repeat(weights[known], ends - starts) * counts / (counts + K1 * length)
-        return np.bincount(rows, weights=shares, minlength=len(segment.lengths))  # adds in the order of the terms
+        return rows, np.repeat(weights, ends - starts) * counts / (counts + K1 * length)
 
     def _count_live(self, i: int, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """How many live passages of a segment hold each term (T,)."""
