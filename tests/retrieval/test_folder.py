@@ -334,19 +334,29 @@ def test_a_killed_writer_loses_nothing_acknowledged_and_half_writes_nothing(tmp_
     assert {p.name for p in (tmp_path / "i" / "segments").iterdir()} == named
 
 
-def test_results_read_again_are_the_same_and_nobody_can_change_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_module, "RECENT", 40)
+@pytest.mark.parametrize(("rows", "characters"), [(40, 1 << 20), (1 << 20, 1500), (10, 1 << 20)])
+def test_results_read_again_are_the_same_and_nobody_can_change_them(tmp_path, monkeypatch, rows, characters):
+    monkeypatch.setattr(segment_module, "RECENT_ROWS", rows)
+    monkeypatch.setattr(segment_module, "RECENT_CHARACTERS", characters)
     entries, vectors = make_entries(60), make_vectors(180)
     expected = {entry.id: entry for entry in entries}
-    make_store(tmp_path / "index", lexical=("whitespace",)).add(entries, vectors)
+    writer = make_store(tmp_path / "index", lexical=("whitespace",))
+    for piece in (slice(0, 90), slice(90, 150), slice(150, 180)):
+        writer.add(entries[piece], vectors[piece])
     store = FolderStore.open(tmp_path / "index")
+    assert len(store._segments) > 1
+    most = 0
 
     def search_often(seed: int) -> None:
+        nonlocal most
         for query in make_vectors(40, seed):
             for found in (store.search(query[None], 15)[0], store.search_lexical(["서울 김치"], 15)[0]):
                 assert all(entry == expected[entry.id] for entry, _ in found)
-                assert len(store._segments[0]._recent) <= 40 + 3 * 15  # threads that fill it at the same moment
+                kept = list(store._recent.strings.values())  # of all segments together
+                assert len(kept) <= rows and sum(len(text) for row in kept for text in row) <= characters
+                most = max(most, len(kept))
                 found[0][0].metadata.clear()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(search_often, range(4)))
+    assert most > 0

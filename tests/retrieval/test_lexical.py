@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from koret.retrieval.lexical import LexicalIndex, fuse_ranks, fuse_scores, tokenize
+from koret.retrieval.lexical import LexicalIndex, fuse_lists, fuse_ranks, fuse_scores, tokenize
 
 TEXTS = [
     "한라산은 제주도에 있는 산이다",
@@ -113,3 +113,26 @@ def test_fusion_equals_a_dictionary_loop():
         wanted = sorted(totals, key=lambda row: (-totals[row], row))[:15]
         assert [row for row in rows[q] if row >= 0] == wanted
         assert np.allclose(scores[q][: len(wanted)], [totals[row] for row in wanted])
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
+def test_fusing_lists_is_fusing_arrays_to_the_last_bit(weight):
+    rng = random.Random(1)
+    names = sorted(f"{rng.choice('가나다라')}{i}#{rng.randint(1, 12)}" for i in range(80))
+    for trial in range(200):
+        lists = []
+        for _ in range(2):
+            count = rng.choice([0, 1, 7, 30])
+            steps = rng.choice([1, 3, 1000])  # few different scores tie a lot
+            scores = sorted((rng.randint(-steps, steps) / 7 for _ in range(count)), reverse=True)
+            lists.append(dict(zip(rng.sample(names, count), scores, strict=True)))
+        arrays = [
+            (np.array([[names.index(name) for name in own]], np.int64), np.array([list(own.values())], np.float64))
+            for own in lists
+        ]
+        k = rng.choice([1, 10, 100])
+        fused = fuse_ranks([rows for rows, _ in arrays], k) if weight is None else fuse_scores(*arrays, weight, k)
+        wanted = [(names[row], score) for row, score in zip(*(x[0].tolist() for x in fused), strict=True) if row >= 0]
+        assert fuse_lists(*lists, weight, k) == wanted, trial
+    with pytest.raises(ValueError, match="weight must lie between 0 and 1"):
+        fuse_lists({}, {}, 1.5, 3)

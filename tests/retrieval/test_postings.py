@@ -8,8 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from koret.retrieval import postings
 from koret.retrieval.lexical import tokenize
-from koret.retrieval.postings import K1, B, Postings, Statistics, take_best
+from koret.retrieval.postings import K1, B, Postings, Statistics, hash_text, take_best
 
 WORDS = "한국어 문장을 찾는 색인 서울 부산 김치 학교 나무 바다 하늘 역사 음악 영화 과학 수학 a ab ABC".split()
 
@@ -61,6 +62,38 @@ def test_deleted_passages_do_not_count():
     (scores,) = statistics.score(tokenize(["서울 바다 학교"], "bigram")[0])
     kept = [text for text, own in zip(texts, live, strict=True) if own]
     assert scores[live] == pytest.approx(score_by_hand(kept, "서울 바다 학교"))
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 60, 0])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_all_terms_at_once_are_term_after_term_to_the_last_bit(deleted, at_once, monkeypatch):
+    monkeypatch.setattr(postings, "AT_ONCE", at_once)
+    texts = make_texts(90, seed=3)
+    parts = [Postings.build(own, "bigram") for own in (texts[:50], texts[50:], ["", "?"], [])]
+    live = [np.arange(len(part.lengths)) % 4 > 0 if deleted else None for part in parts]
+    statistics = Statistics(parts, live)
+    for query in make_texts(30, seed=4):
+        tokens = tokenize([f"{query} 없는말 {query[:9]}"], "bigram")[0]
+        for own, mask, scores in zip(parts, live, statistics.score(tokens), strict=True):
+            wanted = np.zeros(len(own.lengths))
+            for token, repeats in Counter(tokens).items():
+                found = sum(count_term(*pair, token) for pair in zip(parts, live, strict=True))
+                rows, counts = find_term(own, token)
+                if found:
+                    idf = np.log(1 + (statistics.size - found + 0.5) / (found + 0.5))
+                    length = 1 - B + B * own.lengths[rows] / statistics.mean_length
+                    wanted[rows] += repeats * idf * counts / (counts + K1 * length)
+            assert scores.shape == wanted.shape and (scores == wanted)[slice(None) if mask is None else mask].all()
+
+
+def find_term(part: Postings, token: str) -> tuple[np.ndarray, np.ndarray]:
+    own = np.repeat(part.terms, np.diff(part.offsets)) == hash_text(token)
+    return part.rows[own], part.counts[own].astype(np.float64)
+
+
+def count_term(part: Postings, live: np.ndarray | None, token: str) -> int:
+    rows, _ = find_term(part, token)
+    return len(rows) if live is None else int(live[rows].sum())
 
 
 def test_merging_is_the_same_as_building_anew():

@@ -38,14 +38,18 @@ class Approximate:
         self.offsets = np.cumsum([0, *(rows for _, rows in self.info["segments"])])
         self.names = [name for name, _ in self.info["segments"]]
 
-    def search(self, queries: np.ndarray, segments: Sequence[Segment], k: int) -> list[list[tuple]]:
-        """For each query (score, id, segment, row) of candidates that are still live, at least the K best seen."""
+    def search(
+        self, queries: np.ndarray, segments: Sequence[Segment], k: int
+    ) -> list[list[tuple[float, Segment, int]]]:
+        """For each query (score, segment, row) of candidates that are still live, at least the K best seen."""
         known = {segment.name: segment for segment in segments}
         _, found = self._ivf.search(queries, min(WIDER * k + 16, self._ivf.ntotal))
         return [self._score(query, row[row >= 0], known) for query, row in zip(queries, found, strict=True)]
 
-    def _score(self, query: np.ndarray, places: np.ndarray, known: dict[str, Segment]) -> list[tuple]:
-        hits: list[tuple] = []
+    def _score(
+        self, query: np.ndarray, places: np.ndarray, known: dict[str, Segment]
+    ) -> list[tuple[float, Segment, int]]:
+        hits: list[tuple[float, Segment, int]] = []
         owner = np.searchsorted(self.offsets, places, "right") - 1
         for i in np.unique(owner):
             segment = known.get(self.names[i])
@@ -54,7 +58,7 @@ class Approximate:
             rows = np.sort(places[owner == i] - self.offsets[i])
             rows = rows if segment.live is None else rows[segment.live[rows]]
             scores = segment.vectors[rows].astype(np.float64) @ query.astype(np.float64)
-            hits += [(s, segment.read_id(r), segment, r) for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]
+            hits += [(s, segment, r) for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]
         return hits
 
 

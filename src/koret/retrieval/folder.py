@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.manifest import Damaged, explain_damage, hash_file, read_manifest, take_lock, write_manifest
 from koret.retrieval.postings import Postings, Statistics, hash_text, take_best
-from koret.retrieval.segment import CHUNK, DTYPES, Segment, write_segment
+from koret.retrieval.segment import CHUNK, DTYPES, Recent, Segment, write_segment
 from koret.retrieval.store import Condition, Entry, Found
 
 SMALL, MANY = 16384, 8  # segments of fewer passages are merged once there are more of them than this
@@ -62,6 +63,7 @@ class FolderStore:
         self.dimensions = int(info["dimensions"])
         self._lock: int | None = None
         self._writing = threading.Lock()
+        self._recent = Recent()
         self._approximate: Approximate | None = None
         self._load()
         try:
@@ -133,7 +135,7 @@ class FolderStore:
             hits = []
             for segment, scores, mask in zip(segments, statistics.score(tokens), allowed, strict=True):
                 rows, scores = take_best(scores, _check_k(k), mask)
-                hits += [(float(s), segment.read_id(r), segment, r) for s, r in zip(scores, rows.tolist(), strict=True)]
+                hits += zip(scores.tolist(), itertools.repeat(segment), rows.tolist())
             found.append(_rank(hits, k))
         return found
 
@@ -192,7 +194,7 @@ class FolderStore:
         """Exact over every segment, or over those alone that the approximate index has not."""
         if not segments:
             return [[] for _ in queries]
-        hits: list[list[tuple]] = [[] for _ in queries]
+        hits: list[list[tuple[float, Segment, int]]] = [[] for _ in queries]
         covered = set()
         if approximate:
             covered, hits = set(approximate.names), approximate.search(queries, segments, k)
@@ -206,7 +208,7 @@ class FolderStore:
             if segment.rows >= k:
                 floor = np.maximum(floor, best.scores[:, -1])
             for own, rows, scores in zip(hits, best.rows.tolist(), best.scores.tolist(), strict=True):
-                own += [(s, segment.read_id(r), segment, r) for s, r in zip(scores, rows, strict=True) if r >= 0]
+                own += [(s, segment, r) for s, r in zip(scores, rows, strict=True) if r >= 0]
         if approximate and min(map(len, hits)) < min(k, sum(segment.count for segment in segments)):
             return self._search_dense(segments, queries, k)  # most of what it knew is gone
         return [_rank(own, k) for own in hits]
@@ -226,7 +228,7 @@ class FolderStore:
             best = TopK(query[None], min(k, len(rows)))
             segment.search_rows(best, rows)
             found = zip(best.rows[0].tolist(), best.scores[0].tolist(), strict=True)
-            hits += [(score, segment.read_id(row), segment, row) for row, score in found if row >= 0]
+            hits += [(score, segment, row) for row, score in found if row >= 0]
         return _rank(hits, k)
 
     @staticmethod
@@ -467,7 +469,7 @@ class FolderStore:
                 raise explain_damage(folder / name, "its content changed")
             live = np.unpackbits(np.frombuffer(content, np.uint8), count=record["rows"]).astype(bool)
         try:
-            return Segment(folder, record["name"], self.lexical, live)
+            return Segment(folder, record["name"], self.lexical, live, self._recent)
         except (OSError, ValueError) as error:
             raise explain_damage(folder, str(error)) from None
 
@@ -509,12 +511,22 @@ def _check_k(k: int) -> int:
     return k
 
 
-def _rank(hits: list[tuple], k: int) -> Found:
-    """(score, id, segment, row) -> the K best, by (score descending, id ascending)."""
-    hits.sort(key=lambda hit: (-hit[0], hit[1]))
-    best = hits[:k]
-    rows: dict[Segment, list[int]] = {}
-    for _, _, segment, row in best:
-        rows.setdefault(segment, []).append(row)
-    entries = {segment: iter(segment.read_results(own)) for segment, own in rows.items()}
-    return [(next(entries[segment]), score) for score, _, segment, _ in best]
+def _rank(hits: list[tuple[float, Segment, int]], k: int) -> Found:
+    """The K best of (score, segment, row), by (score descending, id ascending)."""
+    if len(hits) > k:
+        last = sorted((hit[0] for hit in hits), reverse=True)[k - 1]
+        best = [hit for hit in hits if hit[0] > last]
+        tied = [hit for hit in hits if hit[0] == last]
+        if len(best) + len(tied) > k:  # ids are needed of those alone that tie for the last places
+            tied.sort(key=lambda hit: hit[1].read_id(hit[2]))
+        hits = best + tied[: k - len(best)]
+    places: dict[Segment, tuple[list[int], list[float]]] = {}
+    for score, segment, row in hits:
+        rows, scores = places.setdefault(segment, ([], []))
+        rows.append(row)
+        scores.append(score)
+    found: Found = []
+    for segment, (rows, scores) in places.items():
+        found += zip(segment.read_results(rows), scores, strict=True)
+    found.sort(key=lambda pair: (-pair[1], pair[0].id))
+    return found

@@ -23,7 +23,7 @@ from koret.data.sources import DataError
 from koret.retrieval.census import Census
 from koret.retrieval.corpus import Document, cut_document, read_corpus
 from koret.retrieval.encoder import TextEncoder, load_encoder
-from koret.retrieval.lexical import fuse_ranks, fuse_scores
+from koret.retrieval.lexical import fuse_lists
 from koret.retrieval.places import IndexInfo, create_store, describe_encoder, exists, open_store, resolve_model
 from koret.retrieval.store import Condition, Entry, Found, Store
 
@@ -146,24 +146,12 @@ class Index:
     def fuse(self, dense: list[Hit], lexical: list[Hit], k: int, weight: float | None = None) -> list[Hit]:
         """One list of two: see ``search``."""
         weight = self.info.hybrid_weight if weight is None else weight
-        entries = {hit.entry.id: hit.entry for hit in (*dense, *lexical)}
-        names = sorted(entries)
-        number = {name: i for i, name in enumerate(names)}
-        ranked = [
-            (np.array([[number[hit.entry.id] for hit in hits]], np.int64), np.array([[hit.score for hit in hits]]))
-            for hits in (dense, lexical)
-        ]
-        if weight is None:
-            rows, scores = fuse_ranks([rows for rows, _ in ranked], k)
-        else:
-            rows, scores = fuse_scores(*ranked, weight, k)
-        parts: dict[str, dict[str, float]] = {name: {} for name in names}
-        for hit in (*dense, *lexical):
-            parts[hit.entry.id].update(hit.parts)
+        near = {hit.entry.id: hit for hit in dense}
+        worded = {hit.entry.id: hit for hit in lexical}
+        scores = ({name: hit.score for name, hit in own.items()} for own in (near, worded))
         return [
-            Hit(rank, float(score), entries[names[row]], parts[names[row]])
-            for rank, (row, score) in enumerate(zip(rows[0], scores[0], strict=True), 1)
-            if row >= 0
+            _join_hits(rank, score, near.get(name), worded.get(name))
+            for rank, (name, score) in enumerate(fuse_lists(*scores, weight, k), 1)
         ]
 
     def add(self, documents: Iterable[Document | Reject], progress: Callable[[int], None] | None = None) -> BuildReport:
@@ -404,3 +392,11 @@ def _check_queries(queries: Sequence[str]) -> None:
 
 def _make_hits(found: Found, part: str) -> list[Hit]:
     return [Hit(rank, score, entry, {part: score}) for rank, (entry, score) in enumerate(found, 1)]
+
+
+def _join_hits(rank: int, score: float, dense: Hit | None, lexical: Hit | None) -> Hit:
+    """A passage that one or both rankings found, with the scores it has in them."""
+    if dense is None or lexical is None:
+        own = dense or lexical
+        return Hit(rank, score, own.entry, own.parts)
+    return Hit(rank, score, lexical.entry, {**dense.parts, **lexical.parts})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from koret.data.markup import normalize_text
 from koret.retrieval.exact import rank_scores
 
 Tokenizer = Literal["bigram", "kiwi", "whitespace"]
+RANK_CONSTANT = 60  # of reciprocal rank fusion
 _WORD = re.compile(r"\w+")
 # Kiwi's tags for particles (J), endings (E), unfinished pieces (Z) and punctuation; what is left carries meaning
 _FUNCTION_TAGS = ("J", "E", "Z", "SF", "SP", "SS", "SE", "SO", "SW", "SB", "UN")
@@ -108,7 +109,7 @@ _TOKENIZERS: dict[str, Callable[[list[str]], list[list[str]]]] = {
 Ranked = tuple[np.ndarray, np.ndarray]  # rows (Q, K), -1 where there is none, and scores (Q, K)
 
 
-def fuse_ranks(rankings: Sequence[np.ndarray], k: int, constant: int = 60) -> Ranked:
+def fuse_ranks(rankings: Sequence[np.ndarray], k: int, constant: int = RANK_CONSTANT) -> Ranked:
     """Reciprocal rank fusion: the score of a text is the sum over rankings of 1 / (constant + rank).
 
     Cormack, Clarke and Büttcher, SIGIR 2009, whose constant is 60. Rankings are (Q, K) rows, -1 where there is none.
@@ -125,10 +126,48 @@ def fuse_scores(dense: Ranked, lexical: Ranked, weight: float, k: int) -> Ranked
     The convex combination of Bruch, Gai and Ingber, TOIS 2023, with min-max normalisation; a text missing from one
     list has 0 there, the score of that list's last result. Order is (score descending, row ascending).
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight must lie between 0 and 1, not {weight}")
+    _check_weight(weight)
     parts = [(dense, weight), (lexical, 1 - weight)]
     return _sum_scores([(rows, share * _stretch(rows, scores)) for (rows, scores), share in parts], k)
+
+
+def fuse_lists(
+    dense: Mapping[str, float], lexical: Mapping[str, float], weight: float | None, k: int
+) -> list[tuple[str, float]]:
+    """The K best (name, score) of one query's two rankings (name -> score, best first).
+
+    ``fuse_scores``, or ``fuse_ranks`` without a ``weight``, with names for rows: the same to the last bit. For some
+    hundred results loops are several times as fast as arrays.
+    """
+    if weight is None:
+        parts = [_share_ranks(len(dense)), _share_ranks(len(lexical))]
+    else:
+        _check_weight(weight)
+        parts = [_stretch_list(dense, weight), _stretch_list(lexical, 1 - weight)]
+    totals: dict[str, float] = {}
+    for names, shares in zip((dense, lexical), parts, strict=True):
+        for name, share in zip(names, shares, strict=True):
+            totals[name] = totals.get(name, 0.0) + share
+    best = sorted(totals)
+    best.sort(key=totals.__getitem__, reverse=True)  # equal ones stay in the order of their names
+    del best[k:]
+    return list(zip(best, np.array([totals[name] for name in best], np.float32).tolist(), strict=True))
+
+
+@functools.lru_cache(64)  # lists are nearly always of the same length
+def _share_ranks(count: int) -> tuple[float, ...]:
+    return tuple(1 / (RANK_CONSTANT + rank) for rank in range(1, count + 1))
+
+
+def _stretch_list(scores: Mapping[str, float], weight: float) -> list[float]:
+    """``weight`` times what ``_stretch`` gives."""
+    low, high = min(scores.values(), default=0.0), max(scores.values(), default=0.0)
+    return [weight * ((score - low) / (high - low) if high > low else 1.0) for score in scores.values()]
+
+
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must lie between 0 and 1, not {weight}")
 
 
 def _stretch(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from koret.retrieval.exact import rank_scores
 from koret.retrieval.lexical import Tokenizer, tokenize
 
 K1, B = 1.2, 0.75  # Lucene's, as in lexical.LexicalIndex
+AT_ONCE = 1 << 20  # postings of a query scored together: some 40 MB
 PARTS = ("terms", "offsets", "rows", "counts", "lengths")
 
 
@@ -78,12 +79,13 @@ class Postings:
         for name in PARTS:
             np.save(folder / f"{tokenizer}.{name}.npy", getattr(self, name))
 
-    def find(self, term: int) -> slice:
-        """Where the postings of a term lie in ``rows`` and ``counts``; empty where it does not occur."""
-        key = np.uint64(term)
-        i = int(np.searchsorted(self.terms, key))
-        known = i < len(self.terms) and self.terms[i] == key
-        return slice(int(self.offsets[i]), int(self.offsets[i + 1])) if known else slice(0, 0)
+    def find(self, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the postings of term hashes (T,) begin and end in ``rows`` and ``counts``; unknown ones have none."""
+        if not len(self.terms):
+            return np.zeros(len(terms), np.int64), np.zeros(len(terms), np.int64)
+        i = np.minimum(np.searchsorted(self.terms, terms), len(self.terms) - 1)
+        starts = self.offsets[i]
+        return starts, np.where(self.terms[i] == terms, self.offsets[i + 1], starts)
 
 
 class Statistics:
@@ -100,22 +102,47 @@ class Statistics:
 
     def score(self, tokens: Sequence[str]) -> list[np.ndarray]:
         """The BM25 score of every row of each segment, (N,) float64; see ``lexical.LexicalIndex`` for the formula."""
-        scores = [np.zeros(len(s.lengths)) for s in self.segments]
-        for token, repeats in Counter(tokens).items():
-            places = [segment.find(hash_text(token)) for segment in self.segments]
-            found = sum(self._count_live(i, place) for i, place in enumerate(places))
-            if not found:
-                continue
-            idf = np.log(1 + (self.size - found + 0.5) / (found + 0.5))
-            for segment, place, own in zip(self.segments, places, scores, strict=True):
-                rows, counts = segment.rows[place], segment.counts[place].astype(np.float64)
-                length = 1 - B + B * segment.lengths[rows] / self.mean_length
-                own[rows] += repeats * idf * counts / (counts + K1 * length)
+        repeats = Counter(tokens)
+        terms = np.array([hash_text(token) for token in repeats], np.uint64)
+        places = [segment.find(terms) for segment in self.segments]
+        found = sum((self._count_live(i, *place) for i, place in enumerate(places)), np.zeros(len(terms), np.int64))
+        idf = np.log(1 + (self.size - found + 0.5) / (found + 0.5))
+        weights = np.array(list(repeats.values()), np.int64) * idf
+        known = np.flatnonzero(found)  # with deleted passages alone a term would count, and their mean length may be 0
+        return [self._score_segment(*own, known, weights) for own in zip(self.segments, places, strict=True)]
+
+    def _score_segment(
+        self, segment: Postings, place: tuple[np.ndarray, np.ndarray], known: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """The terms one after another, or all at once to the same bits: few calls hold up other threads for less."""
+        starts, ends, weights = place[0][known], place[1][known], weights[known]
+        if len(known) and (ends - starts).sum() <= AT_ONCE:
+            rows, shares = self._weigh(segment, starts, ends, weights)
+            return np.bincount(rows, weights=shares, minlength=len(segment.lengths))  # adds in the order of the terms
+        scores = np.zeros(len(segment.lengths))
+        for i in range(len(known)):
+            own = slice(i, i + 1)
+            rows, shares = self._weigh(segment, starts[own], ends[own], weights[own])
+            scores[rows] += shares
         return scores
 
-    def _count_live(self, i: int, place: slice) -> int:
+    def _weigh(
+        self, segment: Postings, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the postings of some terms, and what each adds to its row's score."""
+        spans = list(map(slice, starts.tolist(), ends.tolist()))
+        rows = np.concatenate([segment.rows[span] for span in spans])
+        counts = np.concatenate([segment.counts[span] for span in spans]).astype(np.float64)
+        length = 1 - B + B * segment.lengths[rows] / self.mean_length
+        return rows, np.repeat(weights, ends - starts) * counts / (counts + K1 * length)
+
+    def _count_live(self, i: int, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """How many live passages of a segment hold each term (T,)."""
         mask = self.live[i]
-        return place.stop - place.start if mask is None else int(mask[self.segments[i].rows[place]].sum())
+        if mask is None:
+            return ends - starts
+        rows = self.segments[i].rows
+        return np.array([np.count_nonzero(mask[rows[a:b]]) for a, b in zip(starts, ends, strict=True)], np.int64)
 
 
 def take_best(scores: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

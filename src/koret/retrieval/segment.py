@@ -17,6 +17,7 @@ that may miss some of the exact one. How many rows are scored is settled by meas
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +35,8 @@ DTYPES = ("float32", "float16", "int8", "binary")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
 CHUNK = 16384  # rows multiplied together
 FOR_ONE = 64  # times as many rows, for a lone query
-RECENT = 4096  # rows whose strings are kept once they were a result: some megabytes
+RECENT_ROWS = 16384  # passages of a store whose strings are kept once they were results, with at most so many
+RECENT_CHARACTERS = 16 << 20  # characters: 32 MB of Hangul at two bytes each, and 10 MB for the strings around them
 WIDENED = 4096  # rows widened and multiplied together: they stay in the cache between the two
 _SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 _LONGEST = 1.01  # no stored vector is longer: unit vectors, rounded
@@ -74,10 +76,42 @@ def _quantise(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, np.stack([scale, distance], axis=1).astype(np.float32)
 
 
+class Recent:
+    """The strings of passages that were results not long ago, of all segments of a store; safe between threads.
+
+    ``strings`` may be replaced at any time: a reader takes it once, and reads what it lacks from the disk. A segment's
+    rows have the keys from what ``reserve`` gave it on.
+    """
+
+    def __init__(self) -> None:
+        self.strings: dict[int, tuple[str, ...]] = {}
+        self._characters = 0
+        self._reserved = 0
+        self._changing = threading.Lock()
+
+    def reserve(self, rows: int) -> int:
+        """The first of ``rows`` keys that nobody else has."""
+        with self._changing:
+            self._reserved += rows
+            return self._reserved - rows
+
+    def keep(self, found: dict[int, tuple[str, ...]]) -> None:
+        """Keep these too, or alone where all together would be too many; nothing where they alone are."""
+        characters = sum(len(text) for values in found.values() for text in values)
+        with self._changing:
+            if len(self.strings) + len(found) > RECENT_ROWS or self._characters + characters > RECENT_CHARACTERS:
+                self.strings, self._characters = {}, 0
+            if len(found) <= RECENT_ROWS and characters <= RECENT_CHARACTERS:
+                self.strings.update(found)
+                self._characters += characters
+
+
 class Segment:
     """A segment opened for reading; safe to share between threads. ``live`` (N,) bool or None: every row counts."""
 
-    def __init__(self, folder: Path, name: str, tokenizers: Sequence[str], live: np.ndarray | None) -> None:
+    def __init__(
+        self, folder: Path, name: str, tokenizers: Sequence[str], live: np.ndarray | None, recent: Recent
+    ) -> None:
         self.folder, self.name, self.live = folder, name, live
         table = pa.ipc.open_file(pa.memory_map(str(folder / "passages.arrow"))).read_all()
         self.columns = {c: table.column(c).chunk(0) for c in COLUMNS}
@@ -94,7 +128,7 @@ class Segment:
         self.postings = {name: Postings.open(folder, name) for name in tokenizers}
         self._masks: dict[tuple[Condition, ...], np.ndarray] = {}
         self._wide: np.ndarray | None = None
-        self._recent: dict[int, tuple[str, ...]] = {}
+        self._recent, self._first = recent, recent.reserve(self.rows)
 
     @property
     def count(self) -> int:
@@ -108,20 +142,21 @@ class Segment:
 
     def read_results(self, rows: Sequence[int]) -> list[Entry]:
         """As ``read_entries``; the same passages come up again and again, so their strings are kept."""
-        recent = self._recent  # replaced, never emptied: another thread may be reading it
-        missing = [row for row in rows if row not in recent]
+        first, kept = self._first, self._recent.strings
+        found = {row: kept.get(first + row) for row in rows}
+        missing = [row for row, values in found.items() if values is None]
         if missing:
-            if len(recent) + len(missing) > RECENT:
-                self._recent = recent = {row: recent[row] for row in rows if row in recent}
-            recent.update(zip(missing, self._read_strings(np.array(missing)), strict=True))
-        return [_make_entry(recent[row]) for row in rows]
+            fresh = dict(zip(missing, self._read_strings(np.array(missing)), strict=True))
+            self._recent.keep({first + row: values for row, values in fresh.items()})
+            found |= fresh
+        return [_make_entry(found[row]) for row in rows]
 
     def _read_strings(self, rows: np.ndarray) -> Iterator[tuple[str, ...]]:
         places = pa.array(rows, pa.int64())
         return zip(*(self.columns[name].take(places).to_pylist() for name in COLUMNS), strict=True)
 
     def read_id(self, row: int) -> str:
-        kept = self._recent.get(row)
+        kept = self._recent.strings.get(self._first + row)
         return self.columns["id"][row].as_py() if kept is None else kept[0]
 
     def find_rows(self, documents: Sequence[str], hashes: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from koret.retrieval.index import Hit, Index
 from koret.retrieval.lexical import LexicalIndex
 from koret.retrieval.probe import probe_encoder
 from koret.retrieval.store import Entry
-from koret.web.batching import MicroBatcher
+from koret.web.batching import Delivery, MicroBatcher
 from koret.web.questions import Questions, Unit, make_unit
 
 DEPTH = 50  # results looked at per column: ranks below what is shown, and what fusion works on
@@ -76,6 +76,7 @@ class Desk:
     ) -> None:
         self.questions, self.corpus = questions, corpus
         self.passages = indexes[-1].count()
+        self._delivery = Delivery()
         self._models = [Model.start(*pair, precision) for pair in zip(columns, indexes, strict=True)]
         self.precisions = [model.encoder.precision for model in self._models]
         last = indexes[-1]
@@ -98,9 +99,9 @@ class Desk:
         """The first ``k`` passages of each column in ``wanted``, ranks down to DEPTH, and the gold if it is known."""
         question = self.questions.find(query)
         gold = question.gold if question else frozenset()
-        asked = {model.column.id: _wrap(model.worker.ask(query)) for model in self._needed(wanted)}
+        asked = {model.column.id: self._delivery.wrap(model.worker.ask(query)) for model in self._needed(wanted)}
         if LEXICAL in wanted or FUSED in wanted:
-            asked[LEXICAL] = _wrap(self._lexical.ask(query))
+            asked[LEXICAL] = self._delivery.wrap(self._lexical.ask(query))
         found = await _time_all(asked)
         record = _lay_out(self._order(self._fuse(found, wanted), wanted), k, gold)
         return {
@@ -117,7 +118,7 @@ class Desk:
         for model in self._needed(wanted):
             asked[model.column.id] = self._rank_dense(model, query, entries)
         if LEXICAL in wanted or FUSED in wanted:
-            asked[LEXICAL] = _wrap(self._lexical_of(query, entries))
+            asked[LEXICAL] = self._delivery.wrap(self._lexical_of(query, entries))
         found = await _time_all(asked)
         return {"query": query, **_lay_out(self._order(self._fuse(found, wanted), wanted), len(entries), frozenset())}
 
@@ -129,7 +130,7 @@ class Desk:
         encode = model.encoder.encode
         jobs = [model.worker.run(partial(encode, [query], "query"))]
         jobs += [model.worker.run(partial(encode, piece, "passage")) for piece in _cut([e.text for e in entries])]
-        vector, *pieces = await asyncio.gather(*map(_wrap, jobs))
+        vector, *pieces = await asyncio.gather(*map(self._delivery.wrap, jobs))
         scores = np.concatenate(pieces) @ vector[0]
         return _list_hits(entries, scores, np.argsort(-scores, kind="stable"))
 
@@ -153,10 +154,6 @@ class Desk:
 
     def _order(self, found: dict, wanted: Sequence[str]) -> dict:
         return {column.id: found[column.id] for column in self.columns if column.id in wanted}
-
-
-def _wrap(future) -> asyncio.Future:
-    return asyncio.wrap_future(future)
 
 
 async def _time_all(asked: dict[str, Awaitable[list[Hit]]]) -> dict[str, tuple[list[Hit], float]]:
@@ -189,35 +186,35 @@ def _cut(texts: list[str]) -> list[list[str]]:
 def _lay_out(found: dict[str, tuple[list[Hit], float]], k: int, gold: frozenset[Unit]) -> dict[str, Any]:
     """Columns of the first ``k`` hits, and the passages they show: each once, with its rank in every column."""
     passages: dict[Unit, dict[str, Any]] = {}
-    ranks: dict[Unit, dict[str, int]] = {}
+    ranks: dict[str, dict[Unit, int]] = {}
     columns = []
     for id_, (hits, seconds) in found.items():
         units = [make_unit(hit.entry.heading, hit.entry.text) for hit in hits]
-        for unit, hit in zip(units, hits, strict=True):
-            ranks.setdefault(unit, {}).setdefault(id_, hit.rank)
+        # of passages that are one the first counts: it comes last here
+        ranks[id_] = own = dict(zip(reversed(units), [hit.rank for hit in reversed(hits)], strict=True))
         shown = []
         for unit, hit in zip(units[:k], hits[:k], strict=True):
-            place = passages.setdefault(
-                unit,
-                {
+            place = passages.get(unit)
+            if place is None:
+                entry = hit.entry
+                place = passages[unit] = {
                     "key": f"p{len(passages)}",
-                    "id": hit.entry.id,
-                    "heading": hit.entry.heading,
-                    "text": hit.entry.text,
+                    "id": entry.id,
+                    "heading": entry.heading,
+                    "text": entry.text,
                     "gold": unit in gold,
-                },
-            )
+                }
             shown.append({"rank": hit.rank, "passage": place["key"], "score": round(hit.score, 6)})
-        right = [hit.rank for unit, hit in zip(units, hits, strict=True) if unit in gold]
         columns.append(
             {
                 "id": id_,
                 "milliseconds": round(1000 * seconds, 2),
                 "hits": shown,
                 "lowest": round(hits[-1].score, 6) if hits else None,
-                "gold_rank": min(right, default=None),
+                "gold_rank": min((own[unit] for unit in gold if unit in own), default=None),
                 "depth": len(hits),
             }
         )
-    listed = {one["key"]: {**one, "ranks": ranks[unit]} for unit, one in passages.items()}
-    return {"columns": columns, "passages": listed}
+    for unit, place in passages.items():
+        place["ranks"] = {id_: own[unit] for id_, own in ranks.items() if unit in own}
+    return {"columns": columns, "passages": {place["key"]: place for place in passages.values()}}
