@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,22 @@ def test_saved_encoder_gives_the_same_vectors_in_plain_sentence_transformers(enc
     assert np.array_equal(load_encoder(tmp_path / "model").encode(TEXTS, "query"), expected)
     assert load_encoder(tmp_path / "model").fingerprint() == encoder.fingerprint()
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_fingerprint_is_the_digest_of_every_byte_in_order(encoder):
+    expected = hashlib.sha256()
+    for name, tensor in sorted(encoder.model.state_dict().items()):
+        expected.update(name.encode() + tensor.numpy().tobytes())
+    parts = json.loads(encoder.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    expected.update(json.dumps(parts, ensure_ascii=False).encode())
+    expected.update(repr((encoder.prefixes, encoder.max_seq_length)).encode())
+    assert encoder.fingerprint() == expected.hexdigest()
+
+
+def test_released_copies_are_made_again(encoder):
+    expected = encoder.encode(TEXTS, "query")
+    encoder.release()
+    assert np.array_equal(encoder.encode(TEXTS, "query"), expected)
 
 
 def test_fingerprint_follows_weights_and_length(encoder):

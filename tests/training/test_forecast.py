@@ -1,12 +1,15 @@
 """What a training says beforehand: counted scorings, seconds in proportion to tokens, and the words at the end."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
+from koret.retrieval.encoder import load_encoder
 from koret.training import forecast
 from koret.training.forecast import Pace, PeakForecast, count_scorings
+from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.trainer import EmbeddingTrainer
 
 PEAK = PeakForecast(held=1000, per_token=10, tokens=20, pieces=3, state=30, scoring=50, saving=400)
@@ -20,8 +23,30 @@ def test_scorings_are_counted_as_the_loop_makes_them(step, total, every):
 
 def test_the_peak_is_what_is_held_and_the_largest_of_what_comes_and_goes():
     assert PEAK.peak == 1000 + 30 + 400
-    assert PEAK.correct(1500) == 1500 + 400 - 200
+    assert PEAK.correct(1500, seen=20) == 1500  # more than the end will hold: 1000 + 30 + 400
+    assert PEAK.correct(1200, seen=20) == PEAK.peak
+    assert PEAK.correct(1500, seen=12) == 1500 + 8 * 10  # the heaviest batch is still to come
+    holed = dataclasses.replace(PEAK, holes=0.5, passing=150, saving=0)
+    assert holed.peak == 1000 + 30 + 200 * 1.5 + 150
+    assert holed.correct(1500, seen=12) == 1500 + 8 * 10 * 1.5
     assert "in up to 3 pieces by GradCache" in str(PEAK)
+
+
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_what_a_merged_copy_takes_is_counted(tiny_model, train_embeddings):
+    encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    setup_lora_model(encoder, 4, 8, 0.1, train_embeddings=train_embeddings)
+    counted = forecast.count_merged(encoder)
+    merged, ours = merge_lora(encoder).backbone, {p.data_ptr() for p in encoder.backbone.parameters()}
+    assert counted == sum(p.numel() for p in merged.parameters() if p.data_ptr() not in ours)
+
+
+def test_the_matrices_of_a_forward_are_those_it_keeps_reordered(tiny_model):
+    encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    setup_lora_model(encoder, 4, 8, 0.1)
+    encoder.encode(["무엇", "누구"], "query")
+    kept = [held for key, held in encoder._packed[1]._frozen.items() if key[0]]
+    assert sum(p.numel() for p in forecast.find_products(encoder)) == sum(p.numel() for _, _, own in kept for p in own)
 
 
 def test_seconds_follow_the_tokens_of_the_timed_steps(monkeypatch):

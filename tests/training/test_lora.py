@@ -97,6 +97,12 @@ def test_merged_saved_and_adapted_give_the_same_vectors(
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
     assert np.abs(merged.encode(TEXTS, "passage") - tuned).max() < 1e-6
     assert np.abs(encoder.encode(TEXTS, "passage") - tuned).max() == 0  # the original kept its adapters
+    theirs = {p.data_ptr() for p in merged.model.parameters()}
+    assert all(
+        (p.data_ptr() in theirs) == (not p.requires_grad)
+        for n, p in encoder.backbone.named_parameters()
+        if "lora_" not in n and "base_layer" not in n
+    )  # frozen: one memory; trained: two
 
     save_adapter(encoder, tmp_path / "adapter", "base/name")
     plain = SentenceTransformer(str(tiny_model), device="cpu")

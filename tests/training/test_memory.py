@@ -1,5 +1,6 @@
 """The token budget: what is free, what a token costs, never absurd."""
 
+import gc
 import os
 import platform
 import subprocess
@@ -49,7 +50,7 @@ def test_the_count_is_what_a_long_batch_really_takes(tiny_model):
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()
 
     texts = [np.arange(4, 4 + n, dtype=np.int32) for n in (48, 47, 40, 33, 30, 22, 20, 12, 9) for _ in range(20)]
     encoder.model.train()
@@ -57,6 +58,35 @@ def test_the_count_is_what_a_long_batch_really_takes(tiny_model):
         vectors = encoder.embed(texts)
     found = sum(kept.values()) / sum(map(len, texts))
     assert vectors.requires_grad and found == pytest.approx(per_token, rel=0.25)
+
+
+def test_few_texts_give_the_count_of_many_and_nothing_of_them_stays(tiny_model):
+    encoder = load_encoder(tiny_model, max_seq_length=64, device="cpu")
+    setup_lora_model(encoder, 4, 8, 0.1)
+    memory.measure_bytes_per_token(encoder)
+    before = _count_graph_tensors()
+    found = memory.measure_bytes_per_token(encoder)
+    assert _count_graph_tensors() == before
+    encoder.model.train()
+    few, many = (memory._count_kept(encoder, texts, 64) for texts in (4, 12))
+    assert found == (many - few) // (8 * 64)
+
+
+def _count_graph_tensors():
+    gc.collect()
+    return sum(type(found) is torch.Tensor and found.grad_fn is not None for found in gc.get_objects())
+
+
+def test_holes_are_the_growth_beyond_what_tensors_take(tiny_model, monkeypatch):
+    encoder = load_encoder(tiny_model, max_seq_length=64, device="cpu")
+    setup_lora_model(encoder, 4, 8, 0.1)
+    encoder.model.eval()
+    state, few, many = torch.get_rng_state(), *memory.HOLES_SEEN
+    grown = [100 * (few * 64 + 7), 125 * many * 64 + 700 - 25 * few * 64]  # of 100 a token, and what does not grow
+    held = iter([5000, 5000 + grown[0], 6000, 6000 + grown[1]])
+    monkeypatch.setattr(memory, "read_held", lambda device: next(held))
+    assert memory.measure_holes(encoder, 100) == pytest.approx(0.25)
+    assert torch.equal(state, torch.get_rng_state()) and not encoder.model.training
 
 
 def test_free_memory_is_read():

@@ -193,10 +193,19 @@ class TextEncoder:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            )  # read in place, not copied
         digest.update(self._describe_tokenizer().encode())
         digest.update(repr((self.prefixes, self.max_seq_length)).encode())
         return digest.hexdigest()
+
+    def release(self) -> None:
+        """Let go of the copies of frozen weights that the padding-free forward keeps; the next forward makes them anew.
+
+        Scoring leaves all of them a second time, in the order oneDNN multiplies them in.
+        """
+        self._packed = None
 
     def _describe_tokenizer(self) -> str:
         """The tokenizer as JSON, less the truncation and padding its last caller happened to set."""

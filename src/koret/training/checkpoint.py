@@ -221,7 +221,7 @@ def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in _sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """What a training is going to cost, said before it has cost it, and how true that was at the end.
 
 Seconds come from a few of the run's own steps and a sample of its scoring; bytes from what one token's activations
-take, counted on the model at hand (memory.measure_bytes_per_token), and what is held anyway.
+take, counted on the model at hand (memory.measure_bytes_per_token), what is lost between them (memory.measure_holes),
+and what is held anyway.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 
 from koret.evaluation.tasks import RetrievalTask
 from koret.retrieval.encoder import BATCH_TOKENS, DTYPES, TextEncoder
+from koret.retrieval.packed import SLICE, find_core
 from koret.retrieval.processes import SharedEncoder
 from koret.training.batches import Batch
 from koret.training.logbook import format_time
-from koret.training.memory import read_held, read_peak
+from koret.training.memory import measure_holes, read_held, read_peak, return_freed
 from koret.training.trained import count_trained, count_weights
 
 WARM, LAST = 2, 5  # steps: the first ones are slow, the next ones are timed
@@ -57,25 +59,29 @@ class PeakForecast:
     state: int  # gradients and moments of AdamW
     scoring: int  # encoding without gradients, and the merged copy that is scored at the end
     saving: int  # copies of weights and moments while a checkpoint is written
+    holes: float = 0.0  # bytes lost between tensors, for each that activations keep
+    passing: int = 0  # what the widest layer computes and does not keep
 
     @property
     def activations(self) -> int:
-        return self.per_token * self.tokens
+        return int(self.per_token * self.tokens * (1 + self.holes)) + self.passing
 
     @property
     def peak(self) -> int:
         return self.held + self.state + max(self.activations, self.scoring, self.saving)
 
-    def correct(self, most: int) -> int:
-        """The peak to expect once steps have held ``most`` bytes, libraries and holes between tensors included."""
-        return most + max(0, max(self.scoring, self.saving) - self.activations)
+    def correct(self, most: int, seen: int) -> int:
+        """The peak to expect once steps of at most ``seen`` tokens at a time have held ``most`` bytes."""
+        heavier = int(self.per_token * max(0, self.tokens - seen) * (1 + self.holes))
+        return max(most + heavier, self.held + self.state + max(self.scoring, self.saving))
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
         return (
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
             f"{self.activations / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
-            f"{self.tokens:,} tokens at a time at most{pieces}), {self.state / 2**30:.2f} for gradients and AdamW, "
+            f"{self.tokens:,} tokens at a time at most{pieces}; {self.holes:.0%} more lost between tensors), "
+            f"{self.state / 2**30:.2f} for gradients and AdamW, "
             f"when nothing trains {self.scoring / 2**30:.2f} for scoring, {self.saving / 2**30:.2f} for a checkpoint"
         )
 
@@ -88,18 +94,42 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     config = encoder.backbone.config
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     size = torch.finfo(DTYPES[encoder.precision]).bits // 8
-    scoring = BATCH_TOKENS.get(encoder.device.type, 8192) * (inner + 6 * config.hidden_size) * size
-    trained = count_trained(encoder)
-    copy = 4 * count_weights(encoder.backbone.parameters()) if merges else 0
+    numbers = inner + 6 * config.hidden_size  # a token's, while a layer works on it
+    tokens, trained = min(budget, heaviest), count_trained(encoder)
+    at_once = BATCH_TOKENS.get(encoder.device.type, 8192)
+    holes = measure_holes(encoder, per_token)
+    return_freed()
+    sliced = encoder.device.type == "cpu" and encoder.slow_path_reason is None
+    slice_tokens = SLICE * torch.get_num_threads() if sliced else at_once
+    passing = min(tokens, slice_tokens) * numbers * size
+    # Flat tokens before, between and after slices; a slice; and frozen weights in the order they are multiplied in.
+    scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_tokens) * numbers * size
+    ordered = count_weights(find_products(encoder)) * size if sliced else 0
+    pieces = -(-heaviest // budget)
     return PeakForecast(
         held=read_held(encoder.device),
         per_token=per_token,
-        tokens=min(budget, heaviest),
-        pieces=-(-heaviest // budget),
+        tokens=tokens,
+        pieces=pieces,
         state=trained.state_bytes,
-        scoring=scoring + copy,
+        scoring=scoring + ordered + (count_merged(encoder) * 4 if merges else 0),
         saving=trained.trained * CHECKPOINT_BYTES,
+        holes=holes,
+        passing=passing + (ordered if pieces > 1 else 0),  # the passes without a graph
     )
+
+
+def find_products(encoder: TextEncoder) -> list[torch.nn.Parameter]:
+    """The frozen matrices that every token is multiplied with."""
+    layers = find_core(encoder.backbone).encoder.layer
+    return [p for name, p in layers.named_parameters() if p.dim() == 2 and not p.requires_grad and ".lora_" not in name]
+
+
+def count_merged(encoder: TextEncoder) -> int:
+    """Numbers of the weights that a merged copy has of its own: those with an adapter, and those that train."""
+    bases = [m.base_layer.weight for m in encoder.backbone.modules() if hasattr(m, "lora_A")]
+    own = [p for name, p in encoder.backbone.named_parameters() if p.requires_grad and ".lora_" not in name]
+    return count_weights([*bases, *own])
 
 
 def count_scorings(step: int, total: int, every: int) -> int:
@@ -144,13 +174,16 @@ class Pace:
         that one scoring takes."""
         self.total, self.every, self.step_tokens, self.peak = total, every, step_tokens, peak
         self._time_scorings = time_scorings
-        self._tokens, self._began = 0, 0.0
+        self._tokens, self._seen, self._began = 0, 0, 0.0
         self.forecast: Forecast | None = None
         self.expected = peak.peak
 
     def watch(self, step: int, batches: list[Batch], device: torch.device, wait: Callable[[], object]) -> str | None:
         """After step ``step``; the forecast in words when there is one now. ``wait`` waits for the device."""
-        if self.total < WORTH or step < WARM or step > LAST:
+        if self.total < WORTH or step > LAST:
+            return None
+        self._seen = max([self._seen, *(count_tokens([batch]) for batch in batches)])
+        if step < WARM:
             return None
         if step > WARM:
             self._tokens += count_tokens(batches)
@@ -164,7 +197,7 @@ class Pace:
         seconds = (now - self._began) / self._tokens * self.step_tokens
         scorings = count_scorings(step, self.total, self.every)
         self.forecast = Forecast(self.total - step, seconds, scorings, self._time_scorings())
-        self.expected = self.peak.correct(read_peak(device))
+        self.expected = self.peak.correct(read_peak(device), self._seen)
         self._began = time.perf_counter()
         return f"forecast: {self.forecast}, {self.expected / 2**30:.2f} GB at the peak"
 

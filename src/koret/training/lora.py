@@ -154,10 +154,12 @@ def save_adapter(model: Model, directory: str | Path, base_name: str) -> None:
 def merge_lora(encoder: TextEncoder) -> TextEncoder:
     """A copy of ``encoder`` with every adapter added to its weight; the original stays as it is.
 
+    Frozen weights without an adapter are the same memory in both: change neither's in place while the other is in use.
     A base in 4 bits becomes float32: the values its 4 bits stand for, which the adapters were trained on.
     Raises FloatingPointError when a merged weight is not finite.
     """
-    merged = copy.deepcopy(encoder.model)
+    frozen = {id(p): p for p in encoder.model.parameters() if not p.requires_grad}
+    merged = copy.deepcopy(encoder.model, frozen)  # what deepcopy takes for copied already, it does not copy
     backbone = merged[0].model
     for name, layer in _find_adapted(backbone):
         weight = _merge_weight(layer)

@@ -133,6 +133,7 @@ class EmbeddingTrainer:
 
     def explain_plan(self) -> None:
         """Say what ``train`` would do and what it would cost, by trying a few steps; nothing is written."""
+        keep_freed()
         self._prepare()
         self._say_plan()
         self.encoder.model.train()
@@ -357,7 +358,10 @@ class EmbeddingTrainer:
 
     def _time_scorings(self) -> float:
         shared = SharedEncoder(self.encoder, self.group)
-        return sum(time_scoring(shared, evaluator.task) for evaluator in self.job.evaluators)
+        try:
+            return sum(time_scoring(shared, evaluator.task) for evaluator in self.job.evaluators)
+        finally:
+            self.encoder.release()
 
     # ------------------------------------------------------------ now and then
 
@@ -423,6 +427,8 @@ class EmbeddingTrainer:
             return scores
         except FloatingPointError as error:
             raise NumericFault(f"scoring after step {self.at.step}: {error}", self.at.step, []) from error
+        finally:
+            (encoder or self.encoder).release()  # nothing but scoring needs the weights in its order
 
     def _save_checkpoint(self) -> None:
         self.measurements.collect()
@@ -446,6 +452,9 @@ class EmbeddingTrainer:
         copy_weights(weights, self.parameters)
         if hash_weights(copy_to_cpu(self.parameters)) != hash_weights(weights):
             raise RuntimeError(f"the best weights, of step {best}, did not arrive in the model unchanged")
+        del weights
+        self.optimizer.adamw.state.clear()  # no step follows
+        return_freed()
         merged = merge_lora(self.encoder) if self.config.use_lora else self.encoder
         with stop.at_once():
             scores = self._score("tuned", merged)
