@@ -193,9 +193,8 @@ class TextEncoder:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-            )  # read in place, not copied
+            numbers = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            digest.update(numbers.data)  # in place: the bytes of a table would be a copy of it
         digest.update(self._describe_tokenizer().encode())
         digest.update(repr((self.prefixes, self.max_seq_length)).encode())
         return digest.hexdigest()
