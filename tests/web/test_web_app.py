@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from koret.web.batching import Busy, Delivery, MicroBatcher
+from koret.web.batching import Busy, MicroBatcher
 from koret.web.questions import Question, Questions
+from koret.web.server import share_often
 
 COLUMNS = ["m0", "m1", "bm25", "hybrid"]
 
@@ -194,6 +195,14 @@ def test_without_a_run_the_way_on_is_named(tmp_path):
         open_page(log_dir=tmp_path)
 
 
+def test_threads_hand_the_lock_on_more_often_only_while_the_page_is_served():
+    before = sys.getswitchinterval()
+    with pytest.raises(KeyError), share_often():
+        assert sys.getswitchinterval() < before
+        raise KeyError
+    assert sys.getswitchinterval() == before
+
+
 class TestMicroBatcher:
     def test_what_waits_is_answered_together_and_in_place(self):
         entered, opened, sizes = threading.Event(), threading.Event(), []
@@ -245,43 +254,3 @@ class TestMicroBatcher:
             future.result(10)
         assert order[-2:] == ["piece 0", "piece 1"]
         batcher.close()
-
-
-class TestDelivery:
-    def test_answers_errors_and_cancelled_ones_come_over_and_wake_the_loop_once(self):
-        async def wait_for_all():
-            loop, delivery = asyncio.get_running_loop(), Delivery()
-            futures = [Future() for _ in range(6)]
-            waiting = [delivery.wrap(future) for future in futures]
-            woken, wake = [], loop.call_soon_threadsafe
-            loop.call_soon_threadsafe = lambda *call: woken.append(call) or wake(*call)
-            waiting[5].cancel()
-
-            def answer() -> None:  # while the loop is held up below
-                for n in range(3):
-                    futures[n].set_result(n)
-                futures[3].set_exception(KeyError("three"))
-                futures[4].cancel()
-
-            await asyncio.sleep(0)
-            thread = threading.Thread(target=answer)
-            thread.start()
-            thread.join()
-            return await asyncio.gather(*waiting, return_exceptions=True), woken, futures
-
-        found, woken, futures = asyncio.run(wait_for_all())
-        assert found[:3] == [0, 1, 2] and isinstance(found[3], KeyError)
-        assert all(isinstance(one, asyncio.CancelledError) for one in found[4:]) and futures[5].cancelled()
-        assert len(woken) == 1
-
-    def test_answers_of_several_threads_all_arrive(self):
-        async def ask(batchers: list[MicroBatcher], delivery: Delivery) -> list[int]:
-            return await asyncio.gather(*(delivery.wrap(b.ask(n)) for n in range(200) for b in batchers))
-
-        delivery = Delivery()
-        batchers = [MicroBatcher(lambda items, by=by: [by * item for item in items], "test") for by in (1, 2, 3)]
-        for _ in range(3):  # a loop of its own each time
-            answers = asyncio.run(asyncio.wait_for(ask(batchers, delivery), 20))
-            assert answers == [by * n for n in range(200) for by in (1, 2, 3)]
-        for batcher in batchers:
-            batcher.close()

@@ -54,7 +54,8 @@ def show_page(options: argparse.Namespace) -> None:
         app = make_app(opened, top_k=options.top_k, hosts=names, open_to_network=public)
         server.make_ready(own)
         _say_where(options, own.getsockname()[1], opened, time.perf_counter() - began)
-        server.Server(app).serve_until_stopped(own)
+        with server.share_often():
+            server.Server(app).serve_until_stopped(own)
         opened.close()
     print("stopped", flush=True)
 

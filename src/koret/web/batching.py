@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 Item, Answer = TypeVar("Item"), TypeVar("Answer")
@@ -97,46 +95,3 @@ def _run_piece(piece: Callable[[], Any], future: Future) -> None:
             future.set_result(piece())
         except Exception as error:
             future.set_exception(error)
-
-
-class Delivery:
-    """Brings the answers of worker threads to an event loop, and wakes it once for all that are ready.
-
-    ``asyncio.wrap_future`` wakes it for each: a system call, at which a worker may have to hand Python's lock over to
-    the loop in the middle of its batch.
-    """
-
-    def __init__(self) -> None:
-        self._ready: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future, Future]]] = {}
-        self._changing = threading.Lock()
-
-    def wrap(self, future: Future) -> asyncio.Future:
-        """A future of the running loop for the same answer; cancelling it cancels the other."""
-        own = asyncio.get_running_loop().create_future()
-        own.add_done_callback(lambda done: future.cancel() if done.cancelled() else None)
-        future.add_done_callback(partial(self._put, own))
-        return own
-
-    def _put(self, own: asyncio.Future, future: Future) -> None:
-        loop = own.get_loop()
-        if loop.is_closed():
-            return
-        with self._changing:
-            ready = self._ready.setdefault(loop, [])
-            ready.append((own, future))
-            is_first = len(ready) == 1
-        if is_first:
-            loop.call_soon_threadsafe(self._deliver, loop)
-
-    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self._changing:
-            ready = self._ready.pop(loop)
-        for own, future in ready:
-            if own.done():
-                continue
-            if future.cancelled():
-                own.cancel()
-            elif error := future.exception():
-                own.set_exception(error)
-            else:
-                own.set_result(future.result())

@@ -17,7 +17,7 @@ from koret.retrieval.index import Hit, Index
 from koret.retrieval.lexical import LexicalIndex
 from koret.retrieval.probe import probe_encoder
 from koret.retrieval.store import Entry
-from koret.web.batching import Delivery, MicroBatcher
+from koret.web.batching import MicroBatcher
 from koret.web.questions import Questions, Unit, make_unit
 
 DEPTH = 50  # results looked at per column: ranks below what is shown, and what fusion works on
@@ -76,7 +76,6 @@ class Desk:
     ) -> None:
         self.questions, self.corpus = questions, corpus
         self.passages = indexes[-1].count()
-        self._delivery = Delivery()
         self._models = [Model.start(*pair, precision) for pair in zip(columns, indexes, strict=True)]
         self.precisions = [model.encoder.precision for model in self._models]
         last = indexes[-1]
@@ -99,9 +98,9 @@ class Desk:
         """The first ``k`` passages of each column in ``wanted``, ranks down to DEPTH, and the gold if it is known."""
         question = self.questions.find(query)
         gold = question.gold if question else frozenset()
-        asked = {model.column.id: self._delivery.wrap(model.worker.ask(query)) for model in self._needed(wanted)}
+        asked = {model.column.id: _wrap(model.worker.ask(query)) for model in self._needed(wanted)}
         if LEXICAL in wanted or FUSED in wanted:
-            asked[LEXICAL] = self._delivery.wrap(self._lexical.ask(query))
+            asked[LEXICAL] = _wrap(self._lexical.ask(query))
         found = await _time_all(asked)
         record = _lay_out(self._order(self._fuse(found, wanted), wanted), k, gold)
         return {
@@ -118,7 +117,7 @@ class Desk:
         for model in self._needed(wanted):
             asked[model.column.id] = self._rank_dense(model, query, entries)
         if LEXICAL in wanted or FUSED in wanted:
-            asked[LEXICAL] = self._delivery.wrap(self._lexical_of(query, entries))
+            asked[LEXICAL] = _wrap(self._lexical_of(query, entries))
         found = await _time_all(asked)
         return {"query": query, **_lay_out(self._order(self._fuse(found, wanted), wanted), len(entries), frozenset())}
 
@@ -130,7 +129,7 @@ class Desk:
         encode = model.encoder.encode
         jobs = [model.worker.run(partial(encode, [query], "query"))]
         jobs += [model.worker.run(partial(encode, piece, "passage")) for piece in _cut([e.text for e in entries])]
-        vector, *pieces = await asyncio.gather(*map(self._delivery.wrap, jobs))
+        vector, *pieces = await asyncio.gather(*map(_wrap, jobs))
         scores = np.concatenate(pieces) @ vector[0]
         return _list_hits(entries, scores, np.argsort(-scores, kind="stable"))
 
@@ -154,6 +153,10 @@ class Desk:
 
     def _order(self, found: dict, wanted: Sequence[str]) -> dict:
         return {column.id: found[column.id] for column in self.columns if column.id in wanted}
+
+
+def _wrap(future) -> asyncio.Future:
+    return asyncio.wrap_future(future)
 
 
 async def _time_all(asked: dict[str, Awaitable[list[Hit]]]) -> dict[str, tuple[list[Hit], float]]:
