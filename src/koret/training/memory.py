@@ -17,7 +17,6 @@ from koret.retrieval.processes import Process
 
 SHARE = 0.5  # of the memory that is free may be filled with activations
 PROBE = 64  # tokens of a text that is only there to be counted
-HOLES_SEEN = 2, 7  # texts of the two passes that show how much is lost between tensors
 ALONE = Process()
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 LARGEST_KEPT = 32 << 20  # bytes: glibc takes no more
@@ -54,35 +53,6 @@ def measure_bytes_per_token(encoder: TextEncoder) -> int:
     return max(1, (many - few) // (2 * length))
 
 
-def measure_holes(encoder: TextEncoder, per_token: int) -> float:
-    """Bytes lost between tensors for every byte a training step keeps, of which a token takes ``per_token``: 0 to 1.
-
-    Measured as the process's growth over that of the tensors, between two small forward passes. About a third on glibc
-    before 2.38: there an aligned piece never goes where one of its own size was freed (glibc's bug 14581). 0 on CUDA,
-    where tensors are counted, not memory.
-    """
-    if encoder.device.type != "cpu":
-        return 0.0
-    length, was_training, grown = min(PROBE, encoder.max_seq_length), encoder.model.training, []
-    encoder.model.train()
-    try:
-        with torch.random.fork_rng(), torch.enable_grad():
-            for count in HOLES_SEEN:
-                return_freed()
-                before = read_held(encoder.device)
-                vectors = encoder.embed(_make_texts(encoder, count, length))
-                grown.append(read_held(encoder.device) - before)
-                del vectors
-    finally:
-        encoder.model.train(was_training)
-    share = (grown[1] - grown[0]) / ((HOLES_SEEN[1] - HOLES_SEEN[0]) * length * per_token) - 1
-    return min(1.0, max(0.0, share))
-
-
-def _make_texts(encoder: TextEncoder, count: int, length: int) -> list[np.ndarray]:
-    return [np.arange(length, dtype=np.int32) % len(encoder.tokenizer)] * count
-
-
 def _count_kept(encoder: TextEncoder, texts: int, length: int) -> int:
     """Bytes of every piece of memory that the backward pass of ``texts`` texts holds on to."""
     kept: dict[int, int] = {}
@@ -92,8 +62,9 @@ def _count_kept(encoder: TextEncoder, texts: int, length: int) -> int:
         kept[storage.data_ptr()] = storage.nbytes()
         return storage  # not the tensor: a node that holds its own output holds itself, and is never freed
 
+    ids = np.arange(length, dtype=np.int32) % len(encoder.tokenizer)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda storage: storage):
-        vectors = encoder.embed(_make_texts(encoder, texts, length))
+        vectors = encoder.embed([ids] * texts)
     del vectors
     return sum(kept.values())
 
