@@ -52,7 +52,7 @@ def share_often() -> Iterator[None]:
     """Let threads hand Python's lock on ten times as often as usual, for as long as the block runs.
 
     Encoding and searching give the lock up for every product and want it back for a moment: each time they would wait
-    up to 5 ms for a thread that lays out answers. Below SWITCH_SECONDS nothing more was gained.
+    up to 5 ms for a thread that lays out answers. A fifth of SWITCH_SECONDS gained nothing more.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
