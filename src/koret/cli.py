@@ -115,8 +115,8 @@ def _quieten_libraries() -> None:
 def _share_processors() -> None:
     """Let the threads of a product give way to other programs: read once, when torch is loaded.
 
-    GNU's OpenMP has them wait for each other by spinning for milliseconds. Where anything else runs, one of them waits
-    for a processor while the other burns the one it has, and a training step takes up to ten times as long.
+    GNU's OpenMP has them wait for each other by spinning for milliseconds. Where other programs take all processors,
+    one thread waits for its turn while another burns its own; docs/RESULTS.md has what a training step gains.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
