@@ -58,7 +58,7 @@ COMMANDS = (
     ),
 )
 DONE, FAILED, USAGE = 0, 1, 2
-SPINS = "20000"  # turns a thread waits for another before it sleeps: a third of a millisecond; GNU's 300,000 are many
+SPINS = "20000"  # turns a thread waits for another before it sleeps; 300,000 where nobody says
 INTERRUPTED = 130
 
 
@@ -115,8 +115,8 @@ def _quieten_libraries() -> None:
 def _share_processors() -> None:
     """Let the threads of a product give way to other programs: read once, when torch is loaded.
 
-    GNU's OpenMP has them wait for each other by spinning for milliseconds. Where other programs take all processors,
-    one thread waits for its turn while another burns its own; docs/RESULTS.md has what a training step gains.
+    GNU's OpenMP has them spin while they wait for each other. Where other programs take all processors, one thread
+    waits for its turn while another burns its own; docs/RESULTS.md has what a training step gains and where it loses.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
