@@ -251,15 +251,13 @@ def train_speed(name: str = "train_speed") -> str:
         per_token = case["operations"] / case["tokens"] / 1e6
         parts.append(
             f"question -> {case['task']}, batch {case['batch']}: {case['tokens']:,.0f} tokens a step, "
-            f"{per_token:.0f} million operations a token\n\n" + format_rows(head, rows)
+            f"{per_token:.0f} million operations a token; {case['threads']} thread{'s' * (case['threads'] > 1)}, limits "
+            "of {fp32:.0f} GFLOP/s in float32 and {bf16:.0f} in bfloat16\n\n".format(
+                **{name: limit / 1e9 for name, limit in case["limits"].items()}
+            )
+            + format_rows(head, rows)
         )
-    return (
-        "\n".join(parts)
-        + "\nThe limits: {fp32:.0f} GFLOP/s in float32, {bf16:.0f} in bfloat16".format(
-            **{name: limit / 1e9 for name, limit in found["limits"].items()}
-        )
-        + f"; {found['threads']} thread{'s' * (found['threads'] > 1)}.\n"
-    )
+    return "\n".join(parts)
 
 
 def train_speed_float32() -> str:

@@ -307,7 +307,10 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
             "peak_bytes": peak, "precision": precision, "share_of_limit": operations / took / limit,
         }  # fmt: skip
         print(f"  {name:11} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
-    return {"task": task, "batch": batch, "tokens": tokens, "operations": operations, "rows": rows}
+    return {
+        "task": task, "batch": batch, "tokens": tokens, "operations": operations, "threads": options.threads,
+        "beside": options.beside, "limits": limits, "rows": rows,
+    }  # fmt: skip
 
 
 def write_curves(data: Path, folder: Path, steps: int = 25, batch: int = 16) -> None:
@@ -386,13 +389,7 @@ def main() -> None:
     device = None if options.device == "cpu" else options.device
     file = RESULTS / f"{'_'.join(filter(None, ('train_speed', device, options.name)))}.json"
     known = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.is_file() else []
-    result = {
-        "device": options.device,
-        "threads": options.threads,
-        "beside": options.beside,
-        "limits": limits,
-        "shape": [LAYERS, WIDTH, INNER],
-    }
+    result = {"device": options.device, "shape": [LAYERS, WIDTH, INNER]}
     with tempfile.TemporaryDirectory() as place:
         folder, cases = Path(place), []
         build_model(folder / "model")

@@ -16,12 +16,14 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from koret import cli
+from koret.data.loader import SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "--model-name", "offline", "--dataset-root", "sample", "--train-split", "0.7", "--max-seq-length", "64",
     "--max-samples", "48", "--eval-samples", "40", "--eval-corpus-size", "60",
-    "--batch-size", "16", "--num-epochs", "2", "--learning-rate", "2e-3", "--log-every-n-steps", "1",
+    "--passage-tokens", "256", "--batch-size", "16", "--num-epochs", "2", "--learning-rate", "2e-3",
+    "--log-every-n-steps", "1",
     "--num-workers", "0", "--precision", "fp32",
 ]  # fmt: skip
 
@@ -102,7 +104,9 @@ def test_the_saved_model_is_plain_and_differs_from_its_base(run):
 
 @pytest.mark.slow
 def test_evaluate_repeats_the_numbers_of_the_run(run, tmp_path, capsys):
-    asked = ["--dataset-root", "sample", "--max-queries", 30, "--baseline", "offline", "--num-workers", 0]
+    sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
+    part = write(tmp_path / "part.json", json.dumps({**sample, "data": sample["data"][:12]}))
+    asked = ["--dataset-root", part, "--max-queries", 30, "--baseline", "offline", "--num-workers", 0]
     written = ["--json", tmp_path / "report.json", "--trec", tmp_path / "trec", "--out", tmp_path / "out"]
     assert call("evaluate", run, *asked, *written) == 0
     shown = capsys.readouterr().out

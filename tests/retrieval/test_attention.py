@@ -18,7 +18,8 @@ from test_packed import FAMILIES, ODD_LENGTHS, SHAPE, build, draw_ids, pool_padd
 from transformers import BertConfig, BertModel
 
 from koret.retrieval import attention, packed
-from koret.retrieval.attention import AttentionPath, FlatTexts, check_kernel, choose_path
+from koret.retrieval.attention import AttentionPath, FlatTexts, PaddedTexts, check_kernel, choose_path
+from koret.retrieval.layout import plan_flat_layout, plan_padded_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HALF = [torch.bfloat16, torch.float16]
@@ -46,6 +47,13 @@ def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=No
 
 def use_flat(monkeypatch, kernel=attend):
     monkeypatch.setattr(packed, "choose_path", lambda *_: AttentionPath("flat", kernel, "flat"))
+
+
+def use_padded(monkeypatch):
+    monkeypatch.setattr(packed, "choose_path", lambda *_: AttentionPath("padded", None, "padded"))
+
+
+LAYOUTS = pytest.mark.parametrize("use", [use_flat, use_padded])
 
 
 def adapt(module, targets=("query", "dense"), **options):
@@ -76,8 +84,9 @@ def test_the_stand_in_has_the_signature_of_torchs_own():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_flat_texts_equal_the_padded_forward_at_odd_lengths(family, pooling, monkeypatch):
-    use_flat(monkeypatch)
+@LAYOUTS
+def test_equals_the_padded_forward_at_odd_lengths(use, family, pooling, monkeypatch):
+    use(monkeypatch)
     module, ids = build(family), draw_ids(ODD_LENGTHS)
     with torch.no_grad():
         ours = packed.PackedEncoder(module, pooling, torch.float64).forward(ids)
@@ -87,8 +96,9 @@ def test_flat_texts_equal_the_padded_forward_at_odd_lengths(family, pooling, mon
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_flat_texts_give_the_gradients_of_the_padded_forward(family, checkpointing, monkeypatch):
-    use_flat(monkeypatch)
+@LAYOUTS
+def test_gives_the_gradients_of_the_padded_forward(use, family, checkpointing, monkeypatch):
+    use(monkeypatch)
     module, ids = adapt(build(family)).double(), draw_ids(ODD_LENGTHS)
     weights = torch.randn(len(ids), 32, dtype=torch.float64)
     vectors = packed.PackedEncoder(module, "mean", torch.float64, checkpointing).forward(ids), pool_padded(module, ids)
@@ -98,8 +108,9 @@ def test_flat_texts_give_the_gradients_of_the_padded_forward(family, checkpointi
         assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
 
 
-def test_full_training_on_flat_texts_gives_the_gradients_of_the_padded_forward(monkeypatch):
-    use_flat(monkeypatch)
+@LAYOUTS
+def test_full_training_gives_the_gradients_of_the_padded_forward(use, monkeypatch):
+    use(monkeypatch)
     module, ids = build("roberta"), draw_ids([3, 50, 1, 90, 64])
     weights = torch.randn(len(ids), 32, dtype=torch.float64)
     vectors = packed.PackedEncoder(module, "mean", torch.float64).forward(ids), pool_padded(module, ids)
@@ -109,8 +120,9 @@ def test_full_training_on_flat_texts_gives_the_gradients_of_the_padded_forward(m
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_flat_texts_in_half_precision_stay_close_to_float64(dtype, monkeypatch):
-    use_flat(monkeypatch)
+@LAYOUTS
+def test_half_precision_stays_close_to_float64(use, dtype, monkeypatch):
+    use(monkeypatch)
     module, ids = adapt(build("xlm-roberta"), ["query", "value"]).double(), draw_ids(ODD_LENGTHS * 3)
     weights = torch.randn(len(ids), 32, dtype=torch.float64)
     exact = pool_padded(module, ids)
@@ -123,8 +135,9 @@ def test_flat_texts_in_half_precision_stay_close_to_float64(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [129], [7, 7, 7]], ids=str)
-def test_few_and_equal_texts_are_flat_too(lengths, monkeypatch):
-    use_flat(monkeypatch)
+@LAYOUTS
+def test_few_and_equal_texts_are_no_exception(use, lengths, monkeypatch):
+    use(monkeypatch)
     module, ids = build("bert"), draw_ids(lengths)
     with torch.no_grad():
         ours = packed.PackedEncoder(module, "mean", torch.float64).forward(ids)
@@ -132,7 +145,7 @@ def test_few_and_equal_texts_are_flat_too(lengths, monkeypatch):
 
 
 def test_a_flat_layout_holds_the_texts_and_nothing_else():
-    layout = packed.plan_flat_layout(ODD_LENGTHS)
+    layout = plan_flat_layout(ODD_LENGTHS)
     assert layout.tokens == sum(ODD_LENGTHS) and layout.lengths == ODD_LENGTHS
     assert [b - a for a, b in zip(layout.starts, [*layout.starts[1:], layout.tokens], strict=True)] == ODD_LENGTHS
     assert layout.groups == [(at, 1, n, None) for at, n in zip(layout.starts, ODD_LENGTHS, strict=True)]
@@ -178,6 +191,31 @@ def test_torchs_op_takes_the_call_and_no_layer_waits_for_a_value(monkeypatch):
     vectors, grads = run_on_meta(varlen.varlen_attn)
     assert vectors.shape == (len(ODD_LENGTHS), 32) and vectors.dtype == torch.float32
     assert len(grads) > 0 and all(grad.device.type == "meta" for grad in grads)
+
+
+def test_no_layer_waits_for_a_value_where_texts_are_padded(monkeypatch):
+    use_padded(monkeypatch)
+    vectors, grads = run_on_meta(None)
+    assert vectors.shape == (len(ODD_LENGTHS), 32)
+    assert len(grads) > 0 and all(grad.device.type == "meta" for grad in grads)
+
+
+def test_padded_attention_keeps_no_probabilities():
+    """What the fused kernel keeps grows with the tokens, not with their square."""
+    heads, kept = 2, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    qkv = torch.randn(4 * 256, 3 * heads * 32, requires_grad=True)
+    layout = plan_padded_layout([256, 250, 249, 255], most=1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mixed = attention.mix_padded(qkv, PaddedTexts(layout.groups), heads)
+    for start, length in zip(layout.starts, layout.lengths, strict=True):
+        own = slice(start, start + length)
+        torch.testing.assert_close(mixed[own], attention.mix_plainly(qkv[own], [length], heads))
+    assert max(kept.values()) < 4 * heads * 256 * 256
 
 
 def test_waiting_for_a_value_would_be_noticed(monkeypatch):
@@ -299,12 +337,13 @@ def test_the_path_follows_type_device_heads_and_libraries(
     monkeypatch.setattr(attention, "check_kernel", lambda *_: True)
     path = choose_path(CUDA, dtype, head_size)
     assert path.layout == layout and words in path.words and (path.kernel is not None) == (layout == "flat")
-    assert layout == "flat" or path.words.startswith("padded to the longest text (")
+    assert layout == "flat" or path.words.startswith("texts of like length padded together (")
 
 
-def test_other_devices_keep_their_blocks():
-    for device in ("cpu", "mps"):
-        assert choose_path(torch.device(device), torch.bfloat16, 64) == AttentionPath("blocks", None, "padding-free")
+def test_a_cpu_takes_blocks_and_another_device_pads():
+    assert choose_path(CPU, torch.bfloat16, 64) == AttentionPath("blocks", None, "padding-free")
+    words = "texts of like length padded together (a device of type mps has no variable-length kernel)"
+    assert choose_path(torch.device("mps"), torch.float32, 64) == AttentionPath("padded", None, words)
 
 
 def test_what_is_installed_is_found():
@@ -328,7 +367,8 @@ def test_a_kernel_that_fails_its_check_gives_way_to_the_next_and_then_to_padding
     failed.append("flash-attn")
     path = choose_path(CUDA, torch.bfloat16, 64)
     assert path.layout == "padded" and path.kernel is None
-    assert path.words == "padded to the longest text (the variable-length attention of flash-attn failed its check)"
+    failed_check = "the variable-length attention of flash-attn failed its check"
+    assert path.words == f"texts of like length padded together ({failed_check})"
 
 
 def test_the_path_is_decided_once_for_a_device(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -105,14 +106,21 @@ def test_non_finite_weights_are_refused_by_name():
         broken.encode(TEXTS, "query")
 
 
-def test_micro_batches_hold_every_text_once_within_the_budget():
+@pytest.mark.parametrize("padded", [True, False])
+def test_micro_batches_hold_every_text_once_within_the_budget(padded):
     rng = np.random.default_rng(0)
     ids = [np.zeros(n, np.int32) for n in rng.integers(1, 300, 200)]
     order = sorted(range(200), key=lambda i: -len(ids[i]))
-    batches = cut_by_tokens(order, ids, 1000)
+    batches = cut_by_tokens(order, ids, 1000, padded=padded)
+
+    def cost(batch):
+        lengths = [len(ids[i]) for i in batch]
+        return max(lengths) * len(lengths) if padded else sum(lengths)
+
     assert [i for batch in batches for i in batch] == order
-    for batch in batches:
-        assert len(batch) == 1 or max(len(ids[i]) for i in batch) * len(batch) <= 1000
+    for batch, following in itertools.zip_longest(batches, batches[1:]):
+        assert len(batch) == 1 or cost(batch) <= 1000
+        assert following is None or cost([*batch, following[0]]) > 1000  # none is cut too early
 
 
 def test_missing_models_and_impossible_lengths_say_what_to_do(tmp_path):

@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from koret.retrieval import attention, packed
+from koret.retrieval import packed
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
@@ -153,27 +153,6 @@ def test_bf16_gradients_stay_close_to_float64():
         assert torch.cosine_similarity(mine.double().flatten(), reference.flatten(), dim=0) > 0.995
 
 
-def test_slices_hold_every_sequence_once_within_their_size():
-    rng = np.random.default_rng(2)
-    for _ in range(50):
-        layout = packed.plan_layout(rng.integers(1, 200, rng.integers(1, 60)).tolist())
-        slices = packed.cut_slices(layout.groups, 256)
-        assert sum(tokens for tokens, _ in slices) == layout.tokens
-        counts: dict[int, int] = {}
-        for tokens, pieces in slices:
-            assert tokens <= 256
-            at = 0
-            for start, n, length, mask in pieces:
-                assert start == at and n > 0 and (mask is None or mask.shape == (n, length, length))
-                at += n * length
-                counts[length] = counts.get(length, 0) + n
-            assert at == tokens
-        expected: dict[int, int] = {}
-        for _, n, length, _ in layout.groups:
-            expected[length] = expected.get(length, 0) + n
-        assert counts == expected
-
-
 def test_activations_kept_for_the_backward_pass_are_few():
     """Of a layer of width H: the input of the adapters, its mask, q, k, v, two norms' inputs and the 4 H GELU reads."""
     shape = {**SHAPE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
@@ -205,28 +184,6 @@ def test_full_training_gradients_equal_those_of_the_padded_forward():
         assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
 
 
-def test_padded_layout_for_accelerators_gives_the_same_vectors(monkeypatch):
-    module, ids = build("bert"), draw_ids(ODD_LENGTHS)
-    forward = packed.PackedEncoder(module, "mean", torch.float64).forward
-    with torch.no_grad():
-        expected = forward(ids)
-        monkeypatch.setattr(packed, "plan_layout", packed.plan_padded_layout)
-        assert torch.allclose(forward(ids), expected, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_fused_attention_of_accelerators_mixes_as_the_cpu_does(masked):
-    heads, width, lengths = 3, 8, [5, 2, 4]
-    q, k, v = torch.randn(3, len(lengths) * heads, max(lengths), width, dtype=torch.float64)
-    mask = packed.plan_padded_layout(lengths).groups[0][3].double() if masked else None
-    scores = q @ k.transpose(1, 2)
-    if masked:
-        scores = scores + mask.repeat_interleave(heads, 0)
-    fused = attention._mix_fused(q, k, v, mask, heads)
-    assert fused.shape == (len(lengths), heads, max(lengths), width)
-    torch.testing.assert_close(fused.reshape(v.shape), torch.softmax(scores, -1) @ v)
-
-
 def test_weights_changed_in_place_are_seen():
     module, ids = build("bert"), draw_ids([5, 60])
     for parameter in module.parameters():
@@ -244,8 +201,9 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
     if adapted:
         module = get_peft_model(module, LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
         module.eval()
-    forward = packed.PackedEncoder(module, "mean", torch.float32).forward
-    assert packed.can_reorder(torch.float32, [packed.find_core(module).encoder.layer[0].output.dense.weight])
+    encoder = packed.PackedEncoder(module, "mean", torch.float32)
+    forward = encoder.forward
+    monkeypatch.setattr(packed, "FEW", 10**6)
     with torch.no_grad():
         fast, padded = forward(ids), pool_padded(module, ids)
         assert torch.allclose(fast, padded, atol=2e-5, rtol=0)
@@ -253,10 +211,26 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
         changed = forward(ids)
         assert torch.allclose(changed, pool_padded(module, ids), atol=2e-5, rtol=0)
         assert not torch.allclose(changed, fast, atol=1e-3)
+        assert any(reordered for reordered, *_ in encoder._frozen)
         monkeypatch.setattr(packed, "can_reorder", lambda x, weights: False)
         assert torch.allclose(forward(ids), changed, atol=5e-6, rtol=0)
-    assert not packed.can_reorder(torch.float64, [torch.ones(3, 32)])
-    assert not packed.can_reorder(torch.float32, [torch.ones(3, 32, requires_grad=True)])
+
+
+@pytest.mark.parametrize("capability, many_gain", [("AVX2", False), ("AVX512", True)])
+def test_many_tokens_are_multiplied_in_onednn_order_where_that_is_faster(capability, many_gain, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    weights, few, many = [torch.ones(3, 32)], packed.FEW, packed.FEW + 1
+    assert packed.gains_from_order(torch.float32, weights, few)
+    assert packed.gains_from_order(torch.float32, weights, many) == many_gain
+    assert not packed.gains_from_order(torch.float64, weights, few)
+    assert not packed.gains_from_order(torch.float32, [torch.ones(3, 32, requires_grad=True)], few)
+    module = build("bert", torch.float32).requires_grad_(False)
+    encoder = packed.PackedEncoder(module, "mean", torch.float32)
+    with torch.no_grad():
+        encoder.forward(draw_ids([many]))
+        assert any(reordered for reordered, *_ in encoder._frozen) == many_gain
+        encoder.forward(draw_ids([few]))
+        assert any(reordered for reordered, *_ in encoder._frozen)
 
 
 def test_fast_dropout_keeps_its_rate_and_repeats_with_the_generator():
@@ -268,16 +242,6 @@ def test_fast_dropout_keeps_its_rate_and_repeats_with_the_generator():
     kept = (first > 0).double().mean().item()
     assert abs(kept - 0.9) < 0.003  # five standard deviations are 0.0024
     assert torch.allclose(first[first > 0], torch.tensor(1 / 0.9))
-
-
-def test_layout_covers_every_token_once():
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        lengths = rng.integers(1, 120, rng.integers(1, 40)).tolist()
-        layout = packed.plan_layout(lengths)
-        spans = [position for s, n in zip(layout.starts, lengths, strict=True) for position in range(s, s + n)]
-        assert len(set(spans)) == len(spans) == sum(lengths)
-        assert max(spans) < layout.tokens == sum(n * length for _, n, length, _ in layout.groups)
 
 
 def test_unsupported_architectures_are_named():

@@ -4,11 +4,13 @@ Three ways to keep texts apart, and ``choose_path`` says which one a device take
 D = C / H:
 
     blocks  short texts share a block under a mask, long ones stand in groups of equal length: CPU
-    padded  all texts in one group, each padded to the longest: CUDA where no kernel for the next one is to be had
+    padded  a few groups of texts of like length, each padded to its longest: other devices, where no kernel for the
+            next one is to be had
     flat    texts side by side and their bounds, for a kernel that takes sequences of any length: CUDA in half precision
 
 The kernels of the last are FlashAttention's (Dao 2023, arXiv 2307.08691), from torch or from the flash-attn package.
-Each is checked against the formula before its first use on a device.
+Each is checked against the formula before its first use on a device. Padded groups go through torch's own
+scaled_dot_product_attention, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 1_600_000  # attention scores worked on at a time on CPU: about what its cache holds
+CHUNK_BYTES = 1_600_000  # attention scores worked on at a time: about what a CPU's cache holds
 LEAST_CAPABILITY = 8, 0  # of a CUDA device, for FlashAttention: Ampere
 LARGEST_HEAD, HEAD_STEP = 256, 8  # numbers of a head that FlashAttention takes
 CHECKED_LENGTHS = 1, 17, 64, 130  # one token, odd, a whole tile, more than one
@@ -53,21 +55,38 @@ class FlatTexts:
     kernel: Kernel
 
 
+@dataclass(frozen=True)
+class PaddedTexts:
+    """Groups of texts padded to one length: (first flat position, texts, length, bias) of each.
+
+    ``bias`` (texts, 1, 1, length) is -inf where a text has ended; None where all of the group have that length.
+    """
+
+    groups: list[tuple[int, int, int, Tensor | None]]
+
+
+# What keeps texts apart: blocks, as (first flat position, sequences, length, mask), or one of the other two.
+Groups = list[tuple[int, int, int, Tensor | None]] | FlatTexts | PaddedTexts
+
+
 def choose_path(device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionPath:
     """How attention over heads of ``head_size`` numbers of ``dtype`` runs on ``device``.
 
     On CUDA the kernel is run once, on a few tokens, and left alone with a warning where it is wrong or raises.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return AttentionPath("blocks", None, "padding-free")
-    reason = explain_padding(dtype, head_size, torch.cuda.get_device_capability(device))
+    if device.type == "cuda":
+        reason = explain_padding(dtype, head_size, torch.cuda.get_device_capability(device))
+    else:
+        reason = f"a device of type {device.type} has no variable-length kernel"
     if reason is None:
         reason = f"torch {torch.__version__} has no variable-length attention, and flash-attn is not installed"
         for name, kernel in find_kernels().items():
             if check_kernel(name, kernel, device, dtype, head_size):
                 return AttentionPath("flat", kernel, f"padding-free, variable-length attention ({name})")
             reason = f"the variable-length attention of {name} failed its check"
-    return AttentionPath("padded", None, f"padded to the longest text ({reason})")
+    return AttentionPath("padded", None, f"texts of like length padded together ({reason})")
 
 
 def explain_padding(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -> str | None:
@@ -155,10 +174,12 @@ def _find_difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, h
     return None
 
 
-def mix_tokens(qkv: Tensor, groups: list | FlatTexts, heads: int) -> Tensor:
+def mix_tokens(qkv: Tensor, groups: Groups, heads: int) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V within each text: qkv (T, 3C) -> (T, C)."""
     if isinstance(groups, FlatTexts):
         return mix_flat(qkv, groups, heads)
+    if isinstance(groups, PaddedTexts):
+        return mix_padded(qkv, groups, heads)
     return BlockAttention.apply(qkv, groups, heads)
 
 
@@ -168,6 +189,15 @@ def mix_flat(qkv: Tensor, texts: FlatTexts, heads: int) -> Tensor:
     bounds, longest = texts.bounds, texts.longest
     # By position: torch and flash-attn name them differently.
     return texts.kernel(q, k, v, bounds, bounds, longest, longest).flatten(1)
+
+
+def mix_padded(qkv: Tensor, texts: PaddedTexts, heads: int) -> Tensor:
+    """``mix_tokens`` group by group, by the framework's fused kernels, which keep no probabilities."""
+    mixed = []
+    for at, n, length, bias in texts.groups:
+        q, k, v = qkv[at : at + n * length].view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        mixed.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(n * length, -1))
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 def mix_plainly(qkv: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
@@ -190,10 +220,7 @@ class BlockAttention(torch.autograd.Function):
         scratch = _Scratch(qkv)
         for at, n, length, mask in _cut_groups(groups, heads, qkv):
             q, k, v = _split_heads(qkv, at, n, length, heads)
-            if qkv.device.type == "cpu":
-                mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
-            else:
-                mixed = _mix_fused(q, k, v, mask, heads)
+            mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
             _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
         ctx.save_for_backward(qkv)
         ctx.groups, ctx.heads = groups, heads
@@ -216,13 +243,6 @@ class BlockAttention(torch.autograd.Function):
         return result, None, None
 
 
-def _mix_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -> Tensor:
-    """softmax(q k^T + mask) v by the framework's fused kernels, which keep no scores: (n H, L, D) -> (n, H, L, D)."""
-    q, k, v = (part.view(-1, heads, *part.shape[1:]) for part in (q, k, v))
-    bias = None if mask is None else mask[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # q is scaled already
-
-
 class _Scratch:
     """Memory for scores that every piece of a call writes anew: fresh pages would cost more than the arithmetic."""
 
@@ -238,11 +258,9 @@ class _Scratch:
 
 
 def _cut_groups(groups: list, heads: int, qkv: Tensor):
-    """The groups, cut so that one piece's scores stay in the CPU's cache; whole on other devices."""
+    """The groups, cut so that one piece's scores stay in the CPU's cache."""
     for at, n, length, mask in groups:
-        piece = n
-        if qkv.device.type == "cpu":
-            piece = max(1, CHUNK_BYTES // (heads * length * length * qkv.element_size()))
+        piece = max(1, CHUNK_BYTES // (heads * length * length * qkv.element_size()))
         for first in range(0, n, piece):
             last = min(n, first + piece)
             yield at + first * length, last - first, length, None if mask is None else mask[first:last]

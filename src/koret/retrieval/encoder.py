@@ -154,7 +154,8 @@ class TextEncoder:
         """Token ids of N texts -> (N, D) float32 unit vectors, without gradients and without dropout."""
         vectors = np.empty((len(ids), self.dimensions), np.float32)
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        batches = cut_by_tokens(order, ids, budget or BATCH_TOKENS.get(self.device.type, 8192))
+        budget = budget or BATCH_TOKENS.get(self.device.type, 8192)
+        batches = cut_by_tokens(order, ids, budget, padded=self.slow_path_reason is not None)
         was_training = self.model.training
         in_training = any(module.training for module in self.model.modules())
         if in_training:  # to look at every module's mode takes a sixth of the time that setting it twice does
@@ -367,15 +368,20 @@ def choose_precision(device: str) -> str:
     return "fp32"
 
 
-def cut_by_tokens(order: Sequence[int], ids: Sequence[np.ndarray], budget: int) -> list[list[int]]:
-    """Cut ``order`` into runs of at most ``budget`` tokens, padding counted: a run costs its longest times its size."""
+def cut_by_tokens(
+    order: Sequence[int], ids: Sequence[np.ndarray], budget: int, *, padded: bool = True
+) -> list[list[int]]:
+    """Cut ``order`` into runs of at most ``budget`` tokens, or one text.
+
+    ``padded``: a run costs its longest times its size, else the sum of its lengths.
+    """
     batches: list[list[int]] = []
-    longest = 0
+    longest = total = 0
     for i in order:
-        longest = max(longest, len(ids[i])) if batches and batches[-1] else len(ids[i])
-        if not batches or longest * (len(batches[-1]) + 1) > budget:
+        longest, total = max(longest, len(ids[i])), total + len(ids[i])
+        if not batches or (longest * (len(batches[-1]) + 1) if padded else total) > budget:
             batches.append([])
-            longest = len(ids[i])
+            longest = total = len(ids[i])
         batches[-1].append(i)
     return batches
 

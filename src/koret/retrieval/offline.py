@@ -105,7 +105,10 @@ def add_syllables(model: SentenceTransformer) -> None:
         tokenizer_object=backend, model_max_length=backbone.config.max_position_embeddings, **special
     )
     letters = backbone.get_input_embeddings().weight.detach()
-    rows = torch.stack([letters[pieces].mean(0) for pieces in spelled])
+    rows = letters.new_empty(len(spelled), letters.shape[1])
+    for length in {len(pieces) for pieces in spelled}:
+        own = [number for number, pieces in enumerate(spelled) if len(pieces) == length]
+        rows[own] = letters[torch.tensor([spelled[number] for number in own])].mean(1)
     first_row = len(letters)
     backbone.resize_token_embeddings(len(vocabulary), mean_resizing=False)
     with torch.no_grad():

@@ -12,7 +12,7 @@ Attention runs per block with a mask that keeps texts apart, or, for long texts,
 its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). On CPU the
 flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole. On CUDA the
 texts stand side by side without blocks, for a kernel that takes sequences of any length, or, where there is none, are
-padded after all: ``attention.choose_path`` decides.
+padded to the longest of a few groups of like length: ``attention.choose_path`` decides.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
-from koret.retrieval.attention import AttentionPath, FlatTexts, choose_path, mix_tokens
+from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
+from koret.retrieval.layout import Layout, cut_slices, plan_flat_layout, plan_layout, plan_padded_layout
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-BLOCK = 64  # tokens of a block that short texts share
-SHORT = 48  # texts up to this many tokens share blocks; longer ones stand alone
+FEW = 48  # tokens: up to so many gain from weights in oneDNN's order on every processor
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
 log = logging.getLogger(__name__)
 
@@ -56,95 +55,11 @@ def find_core(backbone: nn.Module) -> nn.Module:
     return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
 
-@dataclass
-class Layout:
-    """Where each text's tokens stand among the T flat tokens, and how attention groups them.
-
-    ``groups`` holds (first flat position, sequences, length, mask): ``mask`` (sequences, length, length) keeps the
-    texts of shared blocks apart and is None where a sequence is one text. Positions of a block that hold no text
-    attend to each other only and are dropped by pooling.
-    """
-
-    tokens: int
-    starts: list[int]
-    lengths: list[int]
-    groups: list[tuple[int, int, int, Tensor | None]]
-
-
-def plan_layout(lengths: Sequence[int], block: int = BLOCK, short: int = SHORT) -> Layout:
-    """Pack short texts into blocks first-fit by falling length; group longer ones by exact length."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    block = min(block, sum(length for length in lengths if length <= short))  # few texts: one block without room
-    starts = [0] * len(lengths)
-    room: list[int] = []
-    owners: list[tuple[int, int]] = []  # (block, text)
-    for i in order:
-        if lengths[i] > short:
-            continue
-        home = next((b for b, free in enumerate(room) if free >= lengths[i]), len(room))
-        if home == len(room):
-            room.append(block)
-        starts[i] = home * block + block - room[home]
-        room[home] -= lengths[i]
-        owners.append((home, i))
-    groups: list[tuple[int, int, int, Tensor | None]] = []
-    at = len(room) * block
-    if room:
-        text_of = np.full((len(room), block), -1)
-        for home, i in owners:
-            text_of[home, starts[i] - home * block :][: lengths[i]] = i
-        apart = torch.from_numpy(text_of[:, :, None] != text_of[:, None, :])
-        groups.append((0, len(room), block, torch.zeros(apart.shape).masked_fill_(apart, float("-inf"))))
-    long = [i for i in order if lengths[i] > short]
-    for length in dict.fromkeys(lengths[i] for i in long):
-        same = [i for i in long if lengths[i] == length]
-        for n, i in enumerate(same):
-            starts[i] = at + n * length
-        groups.append((at, len(same), length, None))
-        at += len(same) * length
-    return Layout(at, starts, list(lengths), groups)
-
-
-def plan_flat_layout(lengths: Sequence[int]) -> Layout:
-    """The texts one behind the other and nothing between them, for variable-length attention."""
-    starts = np.cumsum([0, *lengths]).tolist()
-    tokens = starts.pop()
-    return Layout(tokens, starts, list(lengths), [(at, 1, n, None) for at, n in zip(starts, lengths, strict=True)])
-
-
-def plan_padded_layout(lengths: Sequence[int]) -> Layout:
-    """One group of all texts, each padded to the longest: for CUDA without variable-length attention."""
-    longest = max(lengths)
-    inside = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
-    mask = torch.zeros(len(lengths), longest, longest).masked_fill_(~inside[:, None, :], float("-inf"))
-    starts = [i * longest for i in range(len(lengths))]
-    return Layout(len(lengths) * longest, starts, list(lengths), [(0, len(lengths), longest, mask)])
-
-
-def cut_slices(groups: list, most: int) -> list[tuple[int, list]]:
-    """The groups cut into slices of at most ``most`` tokens, or one sequence: (tokens, groups counted from 0) of each.
-
-    A group that does not fit into what is left of a slice is continued in the next one.
-    """
-    slices: list[tuple[int, list]] = []
-    for _, n, length, mask in groups:
-        first = 0
-        while first < n:
-            if not slices or slices[-1][0] + length > most:
-                slices.append((0, []))
-            filled, pieces = slices[-1]
-            last = min(n, first + max(1, (most - filled) // length))
-            pieces.append((filled, last - first, length, None if mask is None else mask[first:last]))
-            slices[-1] = filled + (last - first) * length, pieces
-            first = last
-    return slices
-
-
 class PackedEncoder:
     """Computes pooled text vectors with the weights of a Hugging Face module, in ``dtype``.
 
     Frozen weights are kept a second time in ``dtype`` (they are small: everything but the embedding table), for
-    inference on CPU in the order oneDNN multiplies them in;
+    inference on CPU in the order oneDNN multiplies them in where that is faster;
     trainable ones are read from the module at every call, so gradients reach them. The base's own dropout is off;
     adapters keep theirs in training mode.
     """
@@ -159,6 +74,8 @@ class PackedEncoder:
         reason = explain_unsupported(backbone)
         if reason:
             raise ValueError(reason)
+        from transformers.activations import ACT2FN  # brings half of torch, which a search by words does without
+
         self.backbone, self.pooling, self.dtype, self.checkpointing = backbone, pooling, dtype, checkpointing
         self.core = find_core(backbone)
         config = backbone.config
@@ -200,7 +117,7 @@ class PackedEncoder:
         starts, lengths = torch.tensor([layout.starts, layout.lengths]).to(device, non_blocking=True)
         groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
-        layers = [self._read_layer(layer) for layer in self.core.encoder.layer]
+        layers = [self._read_layer(layer, layout.tokens) for layer in self.core.encoder.layer]
         slices = [(layout.tokens, groups)]
         # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
         if path.layout == "blocks" and device.type == "cpu" and not any(layer.trains for layer in layers):
@@ -211,17 +128,18 @@ class PackedEncoder:
         ]
         return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), owner, starts, lengths)
 
-    def _move_groups(self, layout: Layout, path: AttentionPath, device: torch.device) -> list | FlatTexts:
+    def _move_groups(self, layout: Layout, path: AttentionPath, device: torch.device) -> Groups:
         """What attention needs to keep texts apart, on the device, once for all layers."""
         if path.kernel is not None:
             bounds = torch.tensor([*layout.starts, layout.tokens], dtype=torch.int32)
             return FlatTexts(bounds.to(device, non_blocking=True), max(layout.lengths), path.kernel)
-        return [
+        groups = [
             (at, n, length, None if mask is None else mask.to(device, self.dtype))
             for at, n, length, mask in layout.groups
         ]
+        return PaddedTexts(groups) if path.layout == "padded" else groups
 
-    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: list | FlatTexts) -> Tensor:
+    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: Groups) -> Tensor:
         for layer in layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._run_layer, layer, x, groups, use_reentrant=False)
@@ -236,13 +154,13 @@ class PackedEncoder:
         norm = parts.LayerNorm
         x = F.layer_norm(_widen(x), (x.shape[1],), norm.weight, norm.bias, self.epsilon).to(self.dtype)
         projection = getattr(self.core, "embeddings_project", None)
-        return x if projection is None else self._read_linear(projection).apply(x)
+        return x if projection is None else self._read_linear(projection, tokens=len(x)).apply(x)
 
-    def _read_layer(self, layer: nn.Module) -> _Layer:
-        """A layer's parameters, gathered once however many slices go through it."""
+    def _read_layer(self, layer: nn.Module, tokens: int) -> _Layer:
+        """A layer's parameters for so many tokens, gathered once however many slices go through it."""
         attention, joined = layer.attention.self, layer.attention.output
         linears = [
-            self._read_linear(*modules)
+            self._read_linear(*modules, tokens=tokens)
             for modules in (
                 (attention.query, attention.key, attention.value),
                 (joined.dense,),
@@ -253,14 +171,14 @@ class PackedEncoder:
         norms = [(self._read([n.weight]), self._read([n.bias])) for n in (joined.LayerNorm, layer.output.LayerNorm)]
         return _Layer(linears, norms)
 
-    def _run_layer(self, layer: _Layer, x: Tensor, groups: list | FlatTexts) -> Tensor:
+    def _run_layer(self, layer: _Layer, x: Tensor, groups: Groups) -> Tensor:
         qkv, join, widen, narrow = layer.linears
         mixed = mix_tokens(qkv.apply(x), groups, self.heads)
         x = F.layer_norm(join.apply(mixed) + x, (x.shape[1],), *layer.norms[0], self.epsilon)
         hidden = self.activation(widen.apply(x))
         return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
 
-    def _read_linear(self, *modules: nn.Module) -> _Linear:
+    def _read_linear(self, *modules: nn.Module, tokens: int) -> _Linear:
         bases = [getattr(m, "base_layer", m) for m in modules]
         weights, biases = [b.weight for b in bases], [b.bias for b in bases]
         adapters = [_find_adapter(m) for m in modules]
@@ -272,7 +190,7 @@ class PackedEncoder:
             ones = [like.new_ones(b.out_features) for b in bases]
             factors = torch.cat([one if f is None else f for f, one in zip(found, ones, strict=True)]).to(self.dtype)
         four_bit = any(map(is_four_bit, weights))
-        ordered = not four_bit and not torch.is_grad_enabled() and can_reorder(self.dtype, weights)
+        ordered = not four_bit and not torch.is_grad_enabled() and gains_from_order(self.dtype, weights, tokens)
         return _Linear(
             weight=None if four_bit else self._read(weights, reorder=ordered),
             ordered=ordered,
@@ -361,11 +279,19 @@ class _Layer:
         return any(linear.trains for linear in self.linears) or any(w.requires_grad for w, _ in self.norms)
 
 
-def can_reorder(dtype: torch.dtype, weights: list[Tensor]) -> bool:
-    """Whether oneDNN can multiply numbers of ``dtype`` with these frozen weights, kept in an order of its own.
+def gains_from_order(dtype: torch.dtype, weights: list[Tensor], tokens: int) -> bool:
+    """Whether so many tokens of ``dtype`` are multiplied faster with these frozen weights in oneDNN's own order.
 
-    Nothing is reordered at every product then: a few tokens gain most, long batches least.
+    Nothing is reordered at every product then: a few tokens gain most, long batches least, and long batches of float32
+    lose where the processor has no AVX-512, for MKL's kernels are faster there.
     """
+    if not can_reorder(dtype, weights):
+        return False
+    return tokens <= FEW or dtype != torch.float32 or "AVX2" not in torch.backends.cpu.get_cpu_capability()
+
+
+def can_reorder(dtype: torch.dtype, weights: list[Tensor]) -> bool:
+    """Whether oneDNN can multiply numbers of ``dtype`` with these frozen weights, kept in an order of its own."""
     return (
         weights[0].device.type == "cpu"
         and not any(weight.requires_grad for weight in weights)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from koret.retrieval.encoder import TextEncoder
+from koret.retrieval.layout import cut_by_length
 from koret.retrieval.processes import Group, PeerOutOfMemory
 from koret.training.batches import Batch, cut_micro_batches
 from koret.training.gradcache import embed_and_backward, read_random_state, set_random_state
@@ -16,7 +17,7 @@ from koret.training.loss import Loss
 from koret.training.objectives import MOST_SCALE, Objective, Relations
 from koret.training.optimization import GuardedOptimizer
 
-PADDED_PIECES = 4  # where the model pads, a batch is embedded in this many pieces of texts of like length
+PADDED_PIECES = 4  # where the model pads, a batch is embedded in at most so many pieces of texts of like length
 
 
 class BatchGradients:
@@ -133,5 +134,5 @@ class BatchGradients:
             return torch.zeros(0, self.encoder.dimensions, device=self.encoder.device, requires_grad=True)
         if self.encoder.slow_path_reason is None:
             return self.encoder.embed(texts)
-        pieces = np.array_split(np.arange(len(texts)), min(PADDED_PIECES, len(texts)))
-        return torch.cat([self.encoder.embed([texts[i] for i in piece]) for piece in pieces])
+        pieces = cut_by_length([len(text) for text in texts], PADDED_PIECES)
+        return torch.cat([self.encoder.embed(texts[first:last]) for first, last in pieces])

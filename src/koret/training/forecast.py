@@ -15,7 +15,7 @@ import torch
 
 from koret.evaluation.tasks import RetrievalTask
 from koret.retrieval.encoder import BATCH_TOKENS, DTYPES, TextEncoder
-from koret.retrieval.packed import SLICE, find_core
+from koret.retrieval.packed import SLICE, find_core, gains_from_order
 from koret.retrieval.processes import SharedEncoder
 from koret.training.batches import Batch
 from koret.training.logbook import format_time
@@ -96,7 +96,8 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     """
     config = encoder.backbone.config
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    size = torch.finfo(DTYPES[encoder.precision]).bits // 8
+    dtype = DTYPES[encoder.precision]
+    size = torch.finfo(dtype).bits // 8
     numbers = inner + 6 * config.hidden_size  # a token's, while a layer works on it
     tokens, trained = min(budget, heaviest), count_trained(encoder)
     at_once = BATCH_TOKENS.get(encoder.device.type, 8192)
@@ -104,9 +105,10 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     sliced = encoder.device.type == "cpu" and encoder.slow_path_reason is None
     slice_tokens = SLICE * torch.get_num_threads() if sliced else at_once
     passing = min(tokens, slice_tokens) * numbers * size
-    # Flat tokens before, between and after slices; a slice; and frozen weights in the order they are multiplied in.
+    # Flat tokens before, between and after slices; a slice; and where it pays frozen weights in oneDNN's order.
     scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_tokens) * numbers * size
-    ordered = count_weights(find_products(encoder)) * size if sliced else 0
+    products = find_products(encoder) if sliced else []
+    ordered = count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
     pieces = -(-heaviest // budget)
     return PeakForecast(
         held=read_held(encoder.device),
