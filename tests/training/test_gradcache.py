@@ -162,6 +162,7 @@ def test_chunks_hold_every_text_once_within_the_budget():
         chunks = cut_micro_batches(TEXTS, budget)
         flat = np.concatenate(chunks)
         assert sorted(flat) == list(range(len(TEXTS)))
-        assert (np.diff(lengths[flat]) <= 0).all()
+        assert all((np.diff(lengths[chunk]) <= 0).all() for chunk in chunks)
+        assert lengths[chunks[-1]].sum() == max(lengths[chunk].sum() for chunk in chunks)  # embedded once
         if budget:
             assert all(lengths[c].sum() <= budget or len(c) == 1 for c in chunks)

@@ -168,9 +168,10 @@ class BatchMaker:
 
 
 def cut_micro_batches(texts: Sequence[np.ndarray], budget: int | None) -> list[np.ndarray]:
-    """Positions of ``texts`` from longest to shortest, cut so that no piece holds more than ``budget`` tokens.
+    """Positions of ``texts``, longest first in every piece, cut so that no piece holds more than ``budget`` tokens.
 
-    A text longer than the budget stands alone. Without a budget there is one piece.
+    A text longer than the budget stands alone. Without a budget there is one piece. The piece of the most tokens is the
+    last: it is the one that GradCache embeds once.
     """
     lengths = np.array([len(text) for text in texts])
     order = np.argsort(-lengths, kind="stable")
@@ -182,4 +183,6 @@ def cut_micro_batches(texts: Sequence[np.ndarray], budget: int | None) -> list[n
             pieces.append(order[start:at])
             start, held = at, 0
         held += length
-    return [*pieces, order[start:]]
+    pieces.append(order[start:])
+    most = max(range(len(pieces)), key=lambda i: lengths[pieces[i]].sum())
+    return [*pieces[:most], *pieces[most + 1 :], pieces[most]]

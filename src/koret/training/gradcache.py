@@ -28,7 +28,8 @@ def embed_and_backward(
     Args:
         embed: maps token lists to embeddings, in the given order.
         texts: N token lists.
-        chunks: positions in ``texts``, each exactly once. One chunk means one ordinary backward pass.
+        chunks: positions in ``texts``, each exactly once; the last one should be the largest. One chunk means one
+            ordinary backward pass.
         loss_of: (N, D) embeddings in the order of ``texts`` -> the scalar to differentiate.
 
     Returns:

@@ -26,11 +26,13 @@ FALLBACK = 4 << 30  # bytes taken for free where the system does not say
 def choose_micro_batch_tokens(encoder: TextEncoder, per_token: int, process: Process = ALONE) -> int:
     """Tokens whose activations, ``per_token`` bytes each, fill half of the device's free memory.
 
-    A whole power of two, at least 1024. Processes that compute on one machine's CPU share its memory.
+    A power of two or half as much again, at least 1024: a coarse measure, so that a run and the next one cut their
+    batches alike. Processes that compute on one machine's CPU share its memory.
     """
     free = read_free_memory(encoder.device) // (process.local_count if encoder.device.type == "cpu" else 1)
     tokens = max(1024, int(SHARE * free / per_token))
-    return 1 << (tokens.bit_length() - 1)
+    power = 1 << (tokens.bit_length() - 1)
+    return power * 3 // 2 if tokens >= power * 3 // 2 else power
 
 
 def measure_bytes_per_token(encoder: TextEncoder) -> int:
