@@ -119,7 +119,9 @@ def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, che
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [2], [64, 64], [65], ODD_LENGTHS * 9], ids=str)
-def test_slices_give_the_gradients_of_the_peft_forward(lengths, monkeypatch):
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_slices_give_the_gradients_of_the_peft_forward(lengths, pooling, checkpointing, monkeypatch):
     monkeypatch.setattr(packed, "SLICE", 130)
     module = get_peft_model(
         build("bert"), LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "dense"])
@@ -132,10 +134,28 @@ def test_slices_give_the_gradients_of_the_peft_forward(lengths, monkeypatch):
     weights = torch.randn(len(ids), 32, dtype=torch.float64)
     ours, theirs = (
         torch.autograd.grad((vectors * weights).sum(), trained)
-        for vectors in (packed.PackedEncoder(module, "mean", torch.float64).forward(ids), pool_padded(module, ids))
+        for vectors in (
+            packed.PackedEncoder(module, pooling, torch.float64, checkpointing).forward(ids),
+            pool_padded(module, ids, pooling),
+        )
     )
     for mine, reference in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [130, 10**6])
+def test_behind_the_last_attention_only_first_tokens_are_computed_where_they_are_all_that_counts(size, monkeypatch):
+    monkeypatch.setattr(packed, "SLICE", size)
+    module, ids, seen = build("bert"), draw_ids(ODD_LENGTHS), []
+    encoder = packed.PackedEncoder(module, "cls", torch.float64)
+    plain = encoder.activation
+    encoder.activation = lambda x: seen.append(len(x)) or plain(x)
+    with torch.no_grad():
+        vectors = encoder.forward(ids)
+    assert torch.allclose(vectors, pool_padded(module, ids, "cls"), atol=1e-12, rtol=0)
+    layers = SHAPE["num_hidden_layers"]
+    assert sum(seen[layers - 1 :: layers]) == len(ids)  # a slice goes through all layers before the next one
+    assert sum(seen[::layers]) >= sum(ODD_LENGTHS)
 
 
 def test_bf16_gradients_stay_close_to_float64():

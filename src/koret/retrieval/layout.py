@@ -132,3 +132,13 @@ def cut_slices(groups: list, most: int) -> list[tuple[int, list]]:
             slices[-1] = filled + (last - first) * length, pieces
             first = last
     return slices
+
+
+def find_firsts(layout: Layout, sizes: Sequence[int], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Where the first tokens of texts stand in each slice of so many tokens; and of each text, which of them is its."""
+    order = np.argsort(layout.starts)
+    starts, ends = np.array(layout.starts)[order], np.cumsum(sizes)
+    cuts = np.searchsorted(starts, ends)
+    rows = [own - end + size for own, end, size in zip(np.split(starts, cuts[:-1]), ends, sizes, strict=True)]
+    places = np.argsort(order)
+    return [torch.from_numpy(own).to(device, non_blocking=True) for own in rows], torch.from_numpy(places).to(device)

@@ -12,7 +12,8 @@ Attention runs per block with a mask that keeps texts apart, or, for long texts,
 its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). On CPU the
 flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole. On CUDA the
 texts stand side by side without blocks, for a kernel that takes sequences of any length, or, where there is none, are
-padded to the longest of a few groups of like length: ``attention.choose_path`` decides.
+padded to the longest of a few groups of like length: ``attention.choose_path`` decides. Where a text is its first token
+(pooling 'cls'), nothing but first tokens is computed behind the attention of the last layer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
-from koret.retrieval.layout import Layout, cut_slices, plan_flat_layout, plan_layout, plan_padded_layout
+from koret.retrieval.layout import Layout, cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 FEW = 48  # tokens: up to so many gain from weights in oneDNN's order on every processor
@@ -114,7 +115,7 @@ class PackedEncoder:
             flat[0, span], flat[1, span], flat[2, span] = tokens, np.arange(len(tokens)), number
         # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
-        starts, lengths = torch.tensor([layout.starts, layout.lengths]).to(device, non_blocking=True)
+        lengths = torch.tensor(layout.lengths).to(device, non_blocking=True)
         groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
         layers = [self._read_layer(layer, layout.tokens) for layer in self.core.encoder.layer]
@@ -122,11 +123,14 @@ class PackedEncoder:
         # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
         if path.layout == "blocks" and device.type == "cpu" and not any(layer.trains for layer in layers):
             slices = cut_slices(groups, SLICE * torch.get_num_threads())
+        sizes = [size for size, _ in slices]
+        rows, places = find_firsts(layout, sizes, device) if self.pooling == "cls" else ([None] * len(sizes), None)
         parts = [
-            self._run_slice(layers, part, inside)
-            for part, (_, inside) in zip(x.split([n for n, _ in slices]), slices, strict=True)
+            self._run_slice(layers, part, inside, wanted)
+            for part, (_, inside), wanted in zip(x.split(sizes), slices, rows, strict=True)
         ]
-        return self._pool(parts[0] if len(parts) == 1 else torch.cat(parts), owner, starts, lengths)
+        x = _widen(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return _average(x, owner, lengths) if places is None else x[places]
 
     def _move_groups(self, layout: Layout, path: AttentionPath, device: torch.device) -> Groups:
         """What attention needs to keep texts apart, on the device, once for all layers."""
@@ -139,12 +143,14 @@ class PackedEncoder:
         ]
         return PaddedTexts(groups) if path.layout == "padded" else groups
 
-    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: Groups) -> Tensor:
+    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        """Flat tokens (T, C) through all layers; only ``rows`` come out of the last one, where they are given."""
         for layer in layers:
+            wanted = rows if layer is layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._run_layer, layer, x, groups, use_reentrant=False)
+                x = checkpoint(self._run_layer, layer, x, groups, wanted, use_reentrant=False)
             else:
-                x = self._run_layer(layer, x, groups)
+                x = self._run_layer(layer, x, groups, wanted)
         return x
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -171,9 +177,11 @@ class PackedEncoder:
         norms = [(self._read([n.weight]), self._read([n.bias])) for n in (joined.LayerNorm, layer.output.LayerNorm)]
         return _Layer(linears, norms)
 
-    def _run_layer(self, layer: _Layer, x: Tensor, groups: Groups) -> Tensor:
+    def _run_layer(self, layer: _Layer, x: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
         qkv, join, widen, narrow = layer.linears
         mixed = mix_tokens(qkv.apply(x), groups, self.heads)
+        if rows is not None:  # nothing behind attention looks at another token
+            mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
         x = F.layer_norm(join.apply(mixed) + x, (x.shape[1],), *layer.norms[0], self.epsilon)
         hidden = self.activation(widen.apply(x))
         return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
@@ -219,12 +227,11 @@ class PackedEncoder:
             self._frozen[key] = version, stacked, parameters  # kept alive, so that no other takes their ids
         return self._frozen[key][1]
 
-    def _pool(self, x: Tensor, owner: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-        if self.pooling == "cls":
-            return _widen(x[starts])
-        x = _widen(x)
-        sums = x.new_zeros(len(lengths) + 1, x.shape[1]).index_add(0, owner, x)
-        return sums[:-1] / lengths.to(x.dtype)[:, None]
+
+def _average(x: Tensor, owner: Tensor, lengths: Tensor) -> Tensor:
+    """Flat tokens (T, C) and each one's text, N for none -> (N, C) means."""
+    sums = x.new_zeros(len(lengths) + 1, x.shape[1]).index_add(0, owner, x)
+    return sums[:-1] / lengths.to(x.dtype)[:, None]
 
 
 @dataclass
