@@ -19,7 +19,7 @@ writes a log. Arms:
   st-sdpa       bf16 without the base's dropout
   st-eager      the same with attn_implementation="eager"
   st-sdpa-fp32, st-eager-fp32   these two in float32; the fastest of the four is the peer's best
-  st-cached     st-sdpa with CachedMultipleNegativesRankingLoss, 32 texts at a time
+  st-cached     st-sdpa with CachedMultipleNegativesRankingLoss, 32 texts at a time; st-cached-fp32 in float32
 
 Seconds are CPU seconds of all threads (of the clock on CUDA), for others may use the machine; those of the clock are
 kept beside them. --beside N keeps N other processes busy. A process may take --limit-gb of memory for data; an arm that
@@ -222,8 +222,9 @@ ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "st-sdpa-fp32": lambda work, folder: train_peer(work, folder, lean=True),
     "st-eager-fp32": lambda work, folder: train_peer(work, folder, lean=True, attention="eager"),
     "st-cached": lambda work, folder: train_peer(work, folder, lean=True, bf16=True, cached=True),
+    "st-cached-fp32": lambda work, folder: train_peer(work, folder, lean=True, cached=True),
 }
-FLOAT32 = ("naive", "st", "st-sdpa-fp32", "st-eager-fp32")
+FLOAT32 = ("naive", "st", "st-sdpa-fp32", "st-eager-fp32", "st-cached-fp32")
 
 
 def work(name: str, task: Path) -> None:
@@ -294,7 +295,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
     for name, found in calls.items():
         if errors := [one["error"] for one in found if "error" in one]:
             rows[name] = {"error": errors[0]}
-            print(f"  {name:11} {errors[0]}", flush=True)
+            print(f"  {name:14} {errors[0]}", flush=True)
             continue
         clock, cpu = np.array([s for one in found for s in one["seconds"][1:]]).T.tolist()
         seconds = clock if options.device == "cuda" else cpu
@@ -306,7 +307,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
             "pairs_per_second": batch / took, "tokens_per_second": tokens / took,
             "peak_bytes": peak, "precision": precision, "share_of_limit": operations / took / limit,
         }  # fmt: skip
-        print(f"  {name:11} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
+        print(f"  {name:14} {took:7.2f} s  {batch / took:7.1f} pairs/s  {peak / 2**20:7,.0f} MB", flush=True)
     return {
         "task": task, "batch": batch, "tokens": tokens, "operations": operations, "threads": options.threads,
         "beside": options.beside, "limits": limits, "rows": rows,
