@@ -248,13 +248,11 @@ def train_speed(name: str = "train_speed") -> str:
         ]  # fmt: skip
         head = ["arm", "CPU s a step", "clock s", "of koret's CPU", "pairs/s", "tokens/s", "peak MB", "of the limit"]
         rows += [[name, row["error"], *[""] * 6] for name, row in case["rows"].items() if "error" in row]
-        per_token = case["operations"] / case["tokens"] / 1e6
+        per_token, threads, limits = case["operations"] / case["tokens"] / 1e6, case["threads"], case["limits"]
         parts.append(
             f"question -> {case['task']}, batch {case['batch']}: {case['tokens']:,.0f} tokens a step, "
-            f"{per_token:.0f} million operations a token; {case['threads']} thread{'s' * (case['threads'] > 1)}, limits "
-            "of {fp32:.0f} GFLOP/s in float32 and {bf16:.0f} in bfloat16\n\n".format(
-                **{name: limit / 1e9 for name, limit in case["limits"].items()}
-            )
+            f"{per_token:.0f} million operations a token; {threads} thread{'s' * (threads > 1)}, "
+            f"limits of {limits['fp32'] / 1e9:.0f} GFLOP/s in float32 and {limits['bf16'] / 1e9:.0f} in bfloat16\n\n"
             + format_rows(head, rows)
         )
     return "\n".join(parts)
