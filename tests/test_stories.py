@@ -104,9 +104,7 @@ def test_the_saved_model_is_plain_and_differs_from_its_base(run):
 
 @pytest.mark.slow
 def test_evaluate_repeats_the_numbers_of_the_run(run, tmp_path, capsys):
-    sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
-    part = write(tmp_path / "part.json", json.dumps({**sample, "data": sample["data"][:12]}))
-    asked = ["--dataset-root", part, "--max-queries", 30, "--baseline", "offline", "--num-workers", 0]
+    asked = ["--dataset-root", "sample", "--max-queries", 30, "--baseline", "offline", "--num-workers", 0]
     written = ["--json", tmp_path / "report.json", "--trec", tmp_path / "trec", "--out", tmp_path / "out"]
     assert call("evaluate", run, *asked, *written) == 0
     shown = capsys.readouterr().out
@@ -137,7 +135,9 @@ def test_search_and_compare_and_examples_answer(run, tmp_path, capsys):
     assert call("search", run, "한글을 만든 임금은?", "--passages", passages, "--json") == 0
     hits = json.loads(capsys.readouterr().out)
     assert [hit["rank"] for hit in hits] == [1, 2] and hits[0]["score"] >= hits[1]["score"]
-    asked = ["--dataset-root", "sample", "--max-queries", 20, "--moves", 2, "--json", "--num-workers", 0]
+    sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
+    part = write(tmp_path / "part.json", json.dumps({**sample, "data": sample["data"][:12]}))
+    asked = ["--dataset-root", part, "--max-queries", 20, "--moves", 2, "--json", "--num-workers", 0]
     assert call("compare", "offline", run, *asked) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["wins"] + found["losses"] + found["ties"] == 20

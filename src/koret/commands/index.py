@@ -50,7 +50,7 @@ def add_index(command: argparse.ArgumentParser) -> None:
 
 
 def index(options: argparse.Namespace) -> None:
-    """The same command after a kill goes on where it was; `torchrun -m koret index ...` shares the work."""
+    """The same command after a kill goes on where it was; under torchrun its processes share the work."""
     if options.delete or options.verify:
         if options.corpus:
             raise ValueError("--delete and --verify go without a corpus: koret index --out DIR --delete ID")

@@ -32,7 +32,7 @@ from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTe
 from koret.retrieval.layout import Layout, cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-FEW = 48  # tokens: up to so many gain from weights in oneDNN's order on every processor
+FEW = 48  # tokens: more of float32, without AVX-512, lose by weights in oneDNN's order
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
 log = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ def find_process() -> Process:
     )
     if not 0 <= rank < count:
         raise ValueError(
-            f"RANK={rank} and WORLD_SIZE={count} do not fit together: unset both, or use accelerate launch"
+            f"RANK={rank} and WORLD_SIZE={count} do not fit together: unset both, or use torchrun or accelerate launch"
         )
     return Process(rank, count, local, int(os.environ.get("LOCAL_WORLD_SIZE", min(count, local + 1))))
 
