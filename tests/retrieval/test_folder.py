@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from koret.retrieval import compaction
 from koret.retrieval import folder as folder_module
 from koret.retrieval import segment as segment_module
 from koret.retrieval.folder import Damaged, FolderStore
@@ -143,7 +144,7 @@ def test_compaction_changes_no_result_and_keeps_segments_few(tmp_path):
     entries, vectors = make_entries(60), make_vectors(180)
     for start in range(0, 180, 3):
         store.add(entries[start : start + 3], vectors[start : start + 3])
-    assert len(list((tmp_path / "i" / "segments").iterdir())) <= folder_module.MANY + 1
+    assert len(list((tmp_path / "i" / "segments").iterdir())) <= compaction.MANY + 1
     store.delete([f"문서{d}" for d in range(0, 60, 3)])
     queries = make_vectors(5, seed=3)
     before = store.search(queries, 20), store.search_lexical(["서울 바다", "수학"], 50)
@@ -153,6 +154,34 @@ def test_compaction_changes_no_result_and_keeps_segments_few(tmp_path):
     assert before == after
     assert after == (FolderStore.open(tmp_path / "i").search(queries, 20), after[1])
     assert store.count() == 120
+
+
+@pytest.mark.parametrize(
+    "records, everything, merged",
+    [
+        ([(9, None)] * 8, False, []),  # few small ones stay
+        ([(9, None)] * 8, True, range(8)),
+        ([(9, None)] * 9, False, range(9)),
+        ([(9, None)] * 5 + [(20_000, None)] + [(9, None)] * 4, False, [0, 1, 2, 3, 4, 6, 7, 8, 9]),
+        ([(16_000, None)] * 9, False, [0, 1]),  # no more than 32,768 passages at a time
+        ([(9, None)], True, []),
+        ([(9, 8)], True, [0]),  # nothing to join it with, but something to forget
+        ([(65, 33), (20_000, None)], False, []),
+        ([(65, 32), (20_000, None)], False, [0]),  # mostly deleted
+        ([(64, 1)], False, []),  # too small to matter
+        ([(40_000, 100)], False, [0]),
+        ([(40_000, 30_000)], True, []),
+    ],
+)
+def test_segments_are_chosen_for_merging_by_their_size_and_what_lives_in_them(records, everything, merged):
+    """Pairs of passages and of those that are not deleted, None: none is."""
+    named = [
+        {"name": str(i), "rows": rows, "deleted": None}
+        | ({} if live is None else {"deleted": ["x", "y"], "live": live})
+        for i, (rows, live) in enumerate(records)
+    ]
+    chosen = compaction.choose_segments(named, everything)
+    assert [int(record["name"]) for record in chosen] == list(merged)
 
 
 @pytest.mark.parametrize("tokenizer", ["bigram", "kiwi"])

@@ -4,9 +4,9 @@
     DIR/manifest.json  the segments that count, their files' sizes and hashes, and what is deleted in them
     DIR/segments/NAME/ immutable files (``segment``)
 
-A write prepares new segments beside the old ones, then replaces the manifest in one step (the idea of log-structured
-merge trees: O'Neil et al. 1996): a reader sees the state before or after, a killed writer leaves only files nobody
-names, which the next one removes. Small segments and such with many deletions are merged.
+A write prepares new segments beside the old ones, then replaces the manifest in one step: a reader sees the state
+before or after, a killed writer leaves only files nobody names, which the next one removes. ``compaction`` keeps the
+segments few.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ from koret.retrieval.approximate import (
     tune,
 )  # fmt: skip
 from koret.retrieval.bits import count_different, find_radius, pack_signs
+from koret.retrieval.compaction import choose_segments, merge_segments
 from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
 from koret.retrieval.manifest import Damaged, explain_damage, hash_file, read_manifest, take_lock, write_manifest
 from koret.retrieval.postings import Postings, Statistics, hash_text, take_best
-from koret.retrieval.segment import CHUNK, DTYPES, Recent, Segment, write_segment
+from koret.retrieval.segment import CHUNK, DTYPES, Recent, Segment, open_segment, rank_hits, write_segment
 from koret.retrieval.store import Condition, Entry, Found
 
-SMALL, MANY = 16384, 8  # segments of fewer passages are merged once there are more of them than this
-LARGEST_MERGE = 32768
 WIDE_BYTES = 256 << 20  # below this, float32 copies of the vectors are held in memory
 QUERIES_AT_ONCE = 64
 OVERSAMPLES = (4, 8, 16, 32, 64, 128, 256)  # times K passages near in bits that may be scored
@@ -136,7 +135,7 @@ class FolderStore:
             for segment, scores, mask in zip(segments, statistics.score(tokens), allowed, strict=True):
                 rows, scores = take_best(scores, _check_k(k), mask)
                 hits += zip(scores.tolist(), itertools.repeat(segment), rows.tolist())
-            found.append(_rank(hits, k))
+            found.append(rank_hits(hits, k))
         return found
 
     def find_versions(self, documents: Sequence[str]) -> list[str | None]:
@@ -174,13 +173,13 @@ class FolderStore:
 
     def _draw(self, segment: Segment, count: int, rng: np.random.Generator) -> np.ndarray:
         """Live rows of a segment, as many as its share of ``count`` rounded up."""
-        live = np.arange(segment.rows) if segment.live is None else np.flatnonzero(segment.live)
+        live = segment.list_live()
         return rng.choice(live, min(len(live), -(-count * len(live) // self.count())), replace=False)
 
     def read_segments(self) -> Iterator[tuple[list[Entry], np.ndarray]]:
         """Everything kept, a piece at a time: passages and their vectors (N, D) float32."""
         for segment in self._segments:
-            rows = np.arange(segment.rows) if segment.live is None else np.flatnonzero(segment.live)
+            rows = segment.list_live()
             yield segment.read_entries(rows), np.asarray(segment.vectors[rows], np.float32)
 
     def _search_dense(
@@ -211,7 +210,7 @@ class FolderStore:
                 own += [(s, segment, r) for s, r in zip(scores, rows, strict=True) if r >= 0]
         if approximate and min(map(len, hits)) < min(k, sum(segment.count for segment in segments)):
             return self._search_dense(segments, queries, k)  # most of what it knew is gone
-        return [_rank(own, k) for own in hits]
+        return [rank_hits(own, k) for own in hits]
 
     def _search_bits(
         self, segments: Sequence[Segment], query: np.ndarray, k: int, wanted: int, where: Sequence[Condition] = ()
@@ -229,7 +228,7 @@ class FolderStore:
             segment.search_rows(best, rows)
             found = zip(best.rows[0].tolist(), best.scores[0].tolist(), strict=True)
             hits += [(score, segment, row) for row, score in found if row >= 0]
-        return _rank(hits, k)
+        return rank_hits(hits, k)
 
     @staticmethod
     def _find_rows(segments: Sequence[Segment], documents: Sequence[str]) -> list[tuple[Segment, dict]]:
@@ -399,39 +398,12 @@ class FolderStore:
         return removed
 
     def _compact(self, state: dict, everything: bool = False) -> None:
-        """Merge the small segments of the manifest to come, once there are many, and those mostly deleted."""
-        small = [r for r in state["segments"] if r.get("live", r["rows"]) < SMALL]
-        thin = [r for r in state["segments"] if 2 * r.get("live", r["rows"]) < r["rows"] > 64]
-        if len(small) <= MANY and not thin and not everything:
-            return
-        chosen, rows = [], 0
-        for record in state["segments"]:
-            size = record.get("live", record["rows"])
-            if (record in small or record in thin) and (not chosen or rows + size <= LARGEST_MERGE):
-                chosen.append(record)
-                rows += size
-        if len(chosen) > 1 or any(record["deleted"] for record in chosen):
-            merged = self._merge(state, chosen)
-            state["segments"] = [r for r in state["segments"] if r not in chosen] + [merged]
-
-    def _merge(self, state: dict, records: Sequence[dict]) -> dict:
-        segments = [self._open_segment(record) for record in records]
-        rows = [np.arange(s.rows) if s.live is None else np.flatnonzero(s.live) for s in segments]
-        entries = sum([s.read_entries(own) for s, own in zip(segments, rows, strict=True)], [])
-        vectors = np.concatenate([s.vectors[own] for s, own in zip(segments, rows, strict=True)])
-        order = sorted(range(len(entries)), key=lambda i: entries[i].id)
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
-        places, start = [], 0
-        for segment, own in zip(segments, rows, strict=True):
-            place = np.full(segment.rows, -1, np.int64)
-            place[own] = rank[start : start + len(own)]
-            places.append(place)
-            start += len(own)
-        postings = {
-            name: Postings.merge([s.postings[name] for s in segments], places, len(order)) for name in self.lexical
-        }
-        return self._make_segment(state, [entries[i] for i in order], vectors[order], postings)
+        """Merge what ``compaction`` chooses of the manifest to come."""
+        chosen = choose_segments(state["segments"], everything)
+        if chosen:
+            merged = merge_segments([self._open_segment(record) for record in chosen], self.lexical)
+            record = self._make_segment(state, *merged)
+            state["segments"] = [r for r in state["segments"] if r not in chosen] + [record]
 
     # ---- files
 
@@ -450,28 +422,7 @@ class FolderStore:
         raise RuntimeError(f"{self.path} is being changed faster than it can be opened: try again")
 
     def _open_segment(self, record: dict) -> Segment:
-        folder = self.path / "segments" / record["name"]
-        for name, (size, _) in record["files"].items():
-            try:
-                found = (folder / name).stat().st_size
-            except FileNotFoundError:
-                raise explain_damage(folder / name, "it is missing") from None
-            if found != size:
-                raise explain_damage(folder / name, f"{found:,} bytes instead of {size:,}")
-        live = None
-        if record["deleted"]:
-            name, digest = record["deleted"]
-            try:
-                content = (folder / name).read_bytes()
-            except FileNotFoundError:
-                raise explain_damage(folder / name, "it is missing") from None
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise explain_damage(folder / name, "its content changed")
-            live = np.unpackbits(np.frombuffer(content, np.uint8), count=record["rows"]).astype(bool)
-        try:
-            return Segment(folder, record["name"], self.lexical, live, self._recent)
-        except (OSError, ValueError) as error:
-            raise explain_damage(folder, str(error)) from None
+        return open_segment(self.path / "segments" / record["name"], record, self.lexical, self._recent)
 
     def verify(self) -> None:
         """Read every file once and compare it with what was written; raises Damaged naming the first that differs."""
@@ -509,24 +460,3 @@ def _check_k(k: int) -> int:
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     return k
-
-
-def _rank(hits: list[tuple[float, Segment, int]], k: int) -> Found:
-    """The K best of (score, segment, row), by (score descending, id ascending)."""
-    if len(hits) > k:
-        last = sorted((hit[0] for hit in hits), reverse=True)[k - 1]
-        best = [hit for hit in hits if hit[0] > last]
-        tied = [hit for hit in hits if hit[0] == last]
-        if len(best) + len(tied) > k:  # ids are needed of those alone that tie for the last places
-            tied.sort(key=lambda hit: hit[1].read_id(hit[2]))
-        hits = best + tied[: k - len(best)]
-    places: dict[Segment, tuple[list[int], list[float]]] = {}
-    for score, segment, row in hits:
-        rows, scores = places.setdefault(segment, ([], []))
-        rows.append(row)
-        scores.append(score)
-    found: Found = []
-    for segment, (rows, scores) in places.items():
-        found += zip(segment.read_results(rows), scores, strict=True)
-    found.sort(key=lambda pair: (-pair[1], pair[0].id))
-    return found

@@ -16,10 +16,12 @@ that may miss some of the exact one. How many rows are scored is settled by meas
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +30,9 @@ import torch
 from koret.data.tables import make_array
 from koret.retrieval.bits import pack_signs
 from koret.retrieval.exact import TopK, multiply
+from koret.retrieval.manifest import explain_damage
 from koret.retrieval.postings import Postings, hash_text
-from koret.retrieval.store import Condition, Entry
+from koret.retrieval.store import Condition, Entry, Found
 
 DTYPES = ("float32", "float16", "int8", "binary")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
@@ -134,6 +137,10 @@ class Segment:
     def count(self) -> int:
         return self.rows if self.live is None else int(self.live.sum())
 
+    def list_live(self) -> np.ndarray:
+        """(``count``,) the rows that are not deleted, ascending."""
+        return np.arange(self.rows) if self.live is None else np.flatnonzero(self.live)
+
     def read_entry(self, row: int) -> Entry:
         return self.read_entries(np.array([row]))[0]
 
@@ -223,6 +230,52 @@ class Segment:
         for start in range(0, len(rows), WIDENED):
             chosen = rows[start : start + WIDENED]
             best.add(_widen(self.vectors[chosen]), chosen, _LONGEST)
+
+
+def open_segment(folder: Path, record: dict[str, Any], tokenizers: Sequence[str], recent: Recent) -> Segment:
+    """The segment in ``folder`` as the manifest's ``record`` has it; raises Damaged where a file is not of its size."""
+    for name, (size, _) in record["files"].items():
+        try:
+            found = (folder / name).stat().st_size
+        except FileNotFoundError:
+            raise explain_damage(folder / name, "it is missing") from None
+        if found != size:
+            raise explain_damage(folder / name, f"{found:,} bytes instead of {size:,}")
+    live = None
+    if record["deleted"]:
+        name, digest = record["deleted"]
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise explain_damage(folder / name, "it is missing") from None
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise explain_damage(folder / name, "its content changed")
+        live = np.unpackbits(np.frombuffer(content, np.uint8), count=record["rows"]).astype(bool)
+    try:
+        return Segment(folder, record["name"], tokenizers, live, recent)
+    except (OSError, ValueError) as error:
+        raise explain_damage(folder, str(error)) from None
+
+
+def rank_hits(hits: list[tuple[float, Segment, int]], k: int) -> Found:
+    """The K best of (score, segment, row) from several segments, by (score descending, id ascending)."""
+    if len(hits) > k:
+        last = sorted((hit[0] for hit in hits), reverse=True)[k - 1]
+        best = [hit for hit in hits if hit[0] > last]
+        tied = [hit for hit in hits if hit[0] == last]
+        if len(best) + len(tied) > k:  # ids are needed of those alone that tie for the last places
+            tied.sort(key=lambda hit: hit[1].read_id(hit[2]))
+        hits = best + tied[: k - len(best)]
+    places: dict[Segment, tuple[list[int], list[float]]] = {}
+    for score, segment, row in hits:
+        rows, scores = places.setdefault(segment, ([], []))
+        rows.append(row)
+        scores.append(score)
+    found: Found = []
+    for segment, (rows, scores) in places.items():
+        found += zip(segment.read_results(rows), scores, strict=True)
+    found.sort(key=lambda pair: (-pair[1], pair[0].id))
+    return found
 
 
 def _make_entry(values: tuple[str, ...]) -> Entry:
