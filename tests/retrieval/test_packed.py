@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertModel,
@@ -19,7 +20,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from koret.retrieval import packed
+from koret.retrieval import linear, packed
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
@@ -116,6 +117,68 @@ def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, che
     for mine, reference in zip(ours, gradients(pool_padded(module, ids)), strict=True):
         assert reference.abs().max() > 0
         assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "uneven",
+    [
+        {"rank_pattern": {"key": 2, r"layer\.0\.attention\.self\.value": 7}, "alpha_pattern": {"query": 3}},
+        {"target_modules": ["query", "key", "value", "dense"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    ],
+    ids=["ranks and scales", "one layer"],
+)
+def test_adapters_that_differ_between_layers_have_the_gradients_of_the_peft_forward(uneven):
+    settings = {"target_modules": ["query", "key", "value"], **uneven}
+    module = get_peft_model(build("bert"), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **settings)).double()
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert len({p.shape for p in trained}) > 2 or len(trained) == 2 * 6
+    ids = draw_ids(ODD_LENGTHS)
+    weights = torch.randn(len(ids), 32, dtype=torch.float64)
+    ours = torch.autograd.grad(
+        (packed.PackedEncoder(module, "mean", torch.float64).forward(ids) * weights).sum(), trained
+    )
+    reference = torch.autograd.grad((pool_padded(module, ids) * weights).sum(), trained)
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert theirs.abs().max() > 0
+        assert torch.allclose(mine, theirs, atol=1e-10, rtol=1e-9)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what torch runs, forward and backward; views move nothing and do not count."""
+
+    VIEWS = ("view", "unbind", "detach", "t", "slice", "split", "split_with_sizes", "alias", "select", "transpose")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation.overloadpacket.__name__ not in self.VIEWS
+        return operation(*args, **(kwargs or {}))
+
+
+def test_adapters_of_all_layers_are_made_ready_in_as_many_operations_as_those_of_one():
+    def count(layers: int) -> int:
+        module = BertModel(BertConfig(**{**SHAPE, "num_hidden_layers": layers})).requires_grad_(False)
+        module = get_peft_model(module, LoraConfig(r=4, target_modules=["query", "value", "dense"]))
+        groups = [group for layer in packed.find_core(module).encoder.layer for group in packed.list_linears(layer)]
+        counted = CountOperations()
+        with counted:
+            factors = [
+                f for adapters in linear.read_adapters(groups, torch.bfloat16) for f in (adapters.down, adapters.up)
+            ]
+        gradients = [torch.ones_like(factor) for factor in factors]
+        with counted:
+            torch.autograd.backward(factors, gradients)
+        assert all(
+            p.grad is not None for name, p in module.named_parameters() if "lora" in name and "pooler" not in name
+        )
+        return counted.count
+
+    assert 0 < count(1) == count(2) == count(7)
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [2], [64, 64], [65], ODD_LENGTHS * 9], ids=str)
@@ -223,7 +286,7 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
         module.eval()
     encoder = packed.PackedEncoder(module, "mean", torch.float32)
     forward = encoder.forward
-    monkeypatch.setattr(packed, "FEW", 10**6)
+    monkeypatch.setattr(linear, "FEW", 10**6)
     with torch.no_grad():
         fast, padded = forward(ids), pool_padded(module, ids)
         assert torch.allclose(fast, padded, atol=2e-5, rtol=0)
@@ -232,18 +295,18 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
         assert torch.allclose(changed, pool_padded(module, ids), atol=2e-5, rtol=0)
         assert not torch.allclose(changed, fast, atol=1e-3)
         assert any(reordered for reordered, *_ in encoder._frozen)
-        monkeypatch.setattr(packed, "can_reorder", lambda x, weights: False)
+        monkeypatch.setattr(linear, "can_reorder", lambda x, weights: False)
         assert torch.allclose(forward(ids), changed, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("capability, many_gain", [("AVX2", False), ("AVX512", True)])
 def test_many_tokens_are_multiplied_in_onednn_order_where_that_is_faster(capability, many_gain, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    weights, few, many = [torch.ones(3, 32)], packed.FEW, packed.FEW + 1
-    assert packed.gains_from_order(torch.float32, weights, few)
-    assert packed.gains_from_order(torch.float32, weights, many) == many_gain
-    assert not packed.gains_from_order(torch.float64, weights, few)
-    assert not packed.gains_from_order(torch.float32, [torch.ones(3, 32, requires_grad=True)], few)
+    weights, few, many = [torch.ones(3, 32)], linear.FEW, linear.FEW + 1
+    assert linear.gains_from_order(torch.float32, weights, few)
+    assert linear.gains_from_order(torch.float32, weights, many) == many_gain
+    assert not linear.gains_from_order(torch.float64, weights, few)
+    assert not linear.gains_from_order(torch.float32, [torch.ones(3, 32, requires_grad=True)], few)
     module = build("bert", torch.float32).requires_grad_(False)
     encoder = packed.PackedEncoder(module, "mean", torch.float32)
     with torch.no_grad():
@@ -256,9 +319,9 @@ def test_many_tokens_are_multiplied_in_onednn_order_where_that_is_faster(capabil
 def test_fast_dropout_keeps_its_rate_and_repeats_with_the_generator():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first = packed.drop_fast(torch.ones(400_000), 0.1)
+    first = linear.drop_fast(torch.ones(400_000), 0.1)
     torch.set_rng_state(state)
-    assert torch.equal(first, packed.drop_fast(torch.ones(400_000), 0.1))
+    assert torch.equal(first, linear.drop_fast(torch.ones(400_000), 0.1))
     kept = (first > 0).double().mean().item()
     assert abs(kept - 0.9) < 0.003  # five standard deviations are 0.0024
     assert torch.allclose(first[first > 0], torch.tensor(1 / 0.9))

@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
 from koret.retrieval.layout import Layout, cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
+from koret.retrieval.linear import Adapters, Linear, find_base, gains_from_order, is_four_bit, read_adapters
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-FEW = 48  # tokens: more of float32, without AVX-512, lose by weights in oneDNN's order
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class PackedEncoder:
         lengths = torch.tensor(layout.lengths).to(device, non_blocking=True)
         groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
-        layers = [self._read_layer(layer, layout.tokens) for layer in self.core.encoder.layer]
+        layers = self._read_layers(layout.tokens)
         slices = [(layout.tokens, groups)]
         # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
         if path.layout == "blocks" and device.type == "cpu" and not any(layer.trains for layer in layers):
@@ -160,22 +160,26 @@ class PackedEncoder:
         norm = parts.LayerNorm
         x = F.layer_norm(_widen(x), (x.shape[1],), norm.weight, norm.bias, self.epsilon).to(self.dtype)
         projection = getattr(self.core, "embeddings_project", None)
-        return x if projection is None else self._read_linear(projection, tokens=len(x)).apply(x)
+        if projection is None:
+            return x
+        (adapters,) = read_adapters([[projection]], self.dtype)
+        return self._read_linear([projection], adapters, len(x)).apply(x)
 
-    def _read_layer(self, layer: nn.Module, tokens: int) -> _Layer:
-        """A layer's parameters for so many tokens, gathered once however many slices go through it."""
-        attention, joined = layer.attention.self, layer.attention.output
-        linears = [
-            self._read_linear(*modules, tokens=tokens)
-            for modules in (
-                (attention.query, attention.key, attention.value),
-                (joined.dense,),
-                (layer.intermediate.dense,),
-                (layer.output.dense,),
+    def _read_layers(self, tokens: int) -> list[_Layer]:
+        """Every layer's parameters for so many tokens, gathered once however many slices go through them."""
+        modules = [list_linears(layer) for layer in self.core.encoder.layer]
+        groups = [group for linears in modules for group in linears]
+        adapters = iter(read_adapters(groups, self.dtype))
+        return [
+            _Layer(
+                linears=[self._read_linear(group, next(adapters), tokens) for group in linears],
+                norms=[
+                    (self._read([norm.weight]), self._read([norm.bias]))
+                    for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm)
+                ],
             )
+            for layer, linears in zip(self.core.encoder.layer, modules, strict=True)
         ]
-        norms = [(self._read([n.weight]), self._read([n.bias])) for n in (joined.LayerNorm, layer.output.LayerNorm)]
-        return _Layer(linears, norms)
 
     def _run_layer(self, layer: _Layer, x: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
         qkv, join, widen, narrow = layer.linears
@@ -186,28 +190,17 @@ class PackedEncoder:
         hidden = self.activation(widen.apply(x))
         return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
 
-    def _read_linear(self, *modules: nn.Module, tokens: int) -> _Linear:
-        bases = [getattr(m, "base_layer", m) for m in modules]
+    def _read_linear(self, modules: Sequence[nn.Module], adapters: Adapters | None, tokens: int) -> Linear:
+        bases = [find_base(module) for module in modules]
         weights, biases = [b.weight for b in bases], [b.bias for b in bases]
-        adapters = [_find_adapter(m) for m in modules]
-        active = [a for a in adapters if a is not None]
-        found = [None if a is None else a.find_factors(b) for a, b in zip(adapters, bases, strict=True)]
-        factors = None
-        if any(factor is not None for factor in found):
-            like = next(factor for factor in found if factor is not None)
-            ones = [like.new_ones(b.out_features) for b in bases]
-            factors = torch.cat([one if f is None else f for f, one in zip(found, ones, strict=True)]).to(self.dtype)
         four_bit = any(map(is_four_bit, weights))
         ordered = not four_bit and not torch.is_grad_enabled() and gains_from_order(self.dtype, weights, tokens)
-        return _Linear(
+        return Linear(
             weight=None if four_bit else self._read(weights, reorder=ordered),
             ordered=ordered,
             four_bit=weights if four_bit else [],
             bias=None if biases[0] is None else self._read(biases),
-            down=torch.cat([a.down for a in active]) if active else None,
-            up=_stack_diagonal(adapters, [b.out_features for b in bases]) if active else None,
-            dropout=active[0].dropout if active and active[0].training else 0.0,
-            factors=factors,
+            adapters=adapters,
             trains=any(p.requires_grad for p in (*weights, *biases) if p is not None),
         )
 
@@ -235,49 +228,10 @@ def _average(x: Tensor, owner: Tensor, lengths: Tensor) -> Tensor:
 
 
 @dataclass
-class _Linear:
-    """One or several linear layers side by side, as one product: W x + scaling * B A dropout(x) + bias.
-
-    LoRA (Hu et al. 2021, arXiv 2106.09685) has the A of all layers stacked and the B block-diagonal, so that any
-    number of adapted layers costs two more products. DoRA (Liu et al. 2024, arXiv 2402.09353) multiplies W + B A by
-    ``factors``, m / |W + scaling * B A|, row by row, before the bias is added; its dropout is on A's input alone, where
-    PEFT drops the input of W too.
-    """
-
-    weight: Tensor | None  # (sum of widths, C), compute type; None where ``four_bit`` has the layers' weights
-    ordered: bool  # whether ``weight`` is in the order oneDNN multiplies it in
-    four_bit: list[Tensor]
-    bias: Tensor | None  # (sum of widths,)
-    down: Tensor | None  # (sum of ranks, C), as trained: cast at every use, so that slices' gradients add up in it
-    up: Tensor | None  # (sum of widths, sum of ranks), scaling included
-    dropout: float  # 0 outside of training
-    factors: Tensor | None  # (sum of widths,)
-    trains: bool  # whether W or the bias is trained
-
-    def apply(self, x: Tensor) -> Tensor:
-        """x (T, C) -> (T, sum of widths)."""
-        early = self.bias if self.factors is None else None
-        if self.ordered:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, early, "none", [], "")
-        elif self.weight is not None:
-            y = F.linear(x, self.weight, early)
-        else:
-            y = torch.cat([FourBitLinear.apply(x, weight) for weight in self.four_bit], dim=1)
-            y = y if early is None else y + early
-        if self.down is not None:
-            dropped = drop_fast(x, self.dropout) if self.dropout else x
-            y = y.addmm_(F.linear(dropped, self.down.to(x.dtype)), self.up.to(x.dtype).t())
-        if self.factors is not None:
-            y = y * self.factors
-            y = y if self.bias is None else y + self.bias
-        return y
-
-
-@dataclass
 class _Layer:
     """A transformer layer: q/k/v, attention's output, feed-forward up and down; norms after attention and at end."""
 
-    linears: list[_Linear]
+    linears: list[Linear]
     norms: list[tuple[Tensor, Tensor]]
 
     @property
@@ -286,130 +240,17 @@ class _Layer:
         return any(linear.trains for linear in self.linears) or any(w.requires_grad for w, _ in self.norms)
 
 
-def gains_from_order(dtype: torch.dtype, weights: list[Tensor], tokens: int) -> bool:
-    """Whether so many tokens of ``dtype`` are multiplied faster with these frozen weights in oneDNN's own order.
-
-    Nothing is reordered at every product then: a few tokens gain most, long batches least, and long batches of float32
-    lose where the processor has no AVX-512, for MKL's kernels are faster there.
-    """
-    if not can_reorder(dtype, weights):
-        return False
-    return tokens <= FEW or dtype != torch.float32 or "AVX2" not in torch.backends.cpu.get_cpu_capability()
-
-
-def can_reorder(dtype: torch.dtype, weights: list[Tensor]) -> bool:
-    """Whether oneDNN can multiply numbers of ``dtype`` with these frozen weights, kept in an order of its own."""
-    return (
-        weights[0].device.type == "cpu"
-        and not any(weight.requires_grad for weight in weights)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
-
-
-def is_four_bit(weight: Tensor) -> bool:
-    """Whether bitsandbytes keeps this weight in 4 bits (Dettmers et al. 2023, arXiv 2305.14314)."""
-    return getattr(weight, "quant_state", None) is not None
-
-
-def dequantize(weight: Tensor) -> Tensor:
-    """The (out, in) values a weight's 4 bits stand for; any other weight as it is."""
-    if not is_four_bit(weight):
-        return weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, weight.quant_state)
-
-
-class FourBitLinear(torch.autograd.Function):
-    """W x of a frozen W in 4 bits; the backward pass reads W from its 4 bits again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        """x (T, C) -> (T, width)."""
-        ctx.weight = weight
-        return F.linear(x, dequantize(weight).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ dequantize(ctx.weight).to(gradient.dtype), None
+def list_linears(layer: nn.Module) -> list[tuple[nn.Module, ...]]:
+    """A layer's linear modules, those side by side together, in the order of ``_Layer.linears``."""
+    attention = layer.attention.self
+    return [
+        (attention.query, attention.key, attention.value),
+        (layer.attention.output.dense,),
+        (layer.intermediate.dense,),
+        (layer.output.dense,),
+    ]
 
 
 def _widen(x: Tensor) -> Tensor:
     """At least float32: sums and norms over many values are never taken in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@dataclass
-class _Adapter:
-    down: Tensor  # (rank, in)
-    up: Tensor  # (out, rank), scaling included
-    dropout: float
-    training: bool
-    magnitude: Tensor | None  # (out,) DoRA's trained lengths
-
-    def find_factors(self, base: nn.Module) -> Tensor | None:
-        """(out,) what DoRA multiplies each output by: the trained length over the one W + B A has, a constant."""
-        if self.magnitude is None:
-            return None
-        with torch.no_grad():
-            found = torch.linalg.vector_norm(dequantize(base.weight) + self.up @ self.down, dim=1)
-        return self.magnitude / found
-
-
-def _find_adapter(module: nn.Module) -> _Adapter | None:
-    """The active LoRA adapter PEFT put on a linear layer, or None (no adapter, disabled, or merged)."""
-    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
-        return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if not names:
-        return None
-    if len(names) > 1:
-        raise ValueError("the padding-free forward supports one active adapter at a time")
-    name = names[0]
-    dropout = module.lora_dropout[name]
-    dora = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
-    return _Adapter(
-        down=module.lora_A[name].weight,
-        up=module.lora_B[name].weight * module.scaling[name],
-        dropout=getattr(dropout, "p", 0.0),
-        training=dropout.training and getattr(dropout, "p", 0.0) > 0,
-        magnitude=dora,
-    )
-
-
-def _stack_diagonal(adapters: list[_Adapter | None], widths: list[int]) -> Tensor:
-    """Up-projections on the diagonal of a (sum of widths, sum of ranks) matrix; layers without adapter get zeros."""
-    like = next(a.up for a in adapters if a is not None)
-    return torch.block_diag(
-        *(like.new_zeros(width, 0) if a is None else a.up for a, width in zip(adapters, widths, strict=True))
-    )
-
-
-def drop_fast(x: Tensor, p: float) -> Tensor:
-    """Dropout with probability ``p`` (in steps of 1/65536); on CPU from 16-bit draws, faster than F.dropout.
-
-    The draws come from torch's default generator, so restoring its state repeats the mask. A byte a value is kept.
-    """
-    if x.device.type != "cpu":
-        return F.dropout(x, p, True)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 65536) - 32768
-    return MaskedScale.apply(x, keep, 1 / (1 - p))
-
-
-class MaskedScale(torch.autograd.Function):
-    """x * keep * factor; keeps the mask as bytes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, keep: Tensor, factor: float) -> Tensor:
-        """x and keep of one shape -> the same shape."""
-        ctx.save_for_backward(keep)
-        ctx.factor = factor
-        return keep.to(x.dtype).mul_(factor).mul_(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return keep.to(gradient.dtype).mul_(ctx.factor).mul_(gradient), None, None

@@ -15,7 +15,8 @@ import torch
 
 from koret.evaluation.tasks import RetrievalTask
 from koret.retrieval.encoder import BATCH_TOKENS, DTYPES, TextEncoder
-from koret.retrieval.packed import SLICE, find_core, gains_from_order
+from koret.retrieval.linear import gains_from_order
+from koret.retrieval.packed import SLICE, find_core
 from koret.retrieval.processes import SharedEncoder
 from koret.training.batches import Batch
 from koret.training.logbook import format_time

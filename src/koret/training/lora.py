@@ -23,7 +23,7 @@ from torch import nn
 
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
-from koret.retrieval.packed import dequantize
+from koret.retrieval.linear import dequantize
 from koret.training.trained import UNUSED, Model, TrainedWeights, count_trained, find_backbone, find_table
 
 Variant = Literal["lora", "rslora", "dora"]
