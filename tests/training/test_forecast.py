@@ -29,6 +29,10 @@ def test_the_peak_is_what_is_held_and_the_largest_of_what_comes_and_goes():
     holed = dataclasses.replace(PEAK, holes=0.5, passing=150, saving=0)
     assert holed.peak == 1000 + 30 + 200 * 1.5 + 150
     assert holed.correct(1500, seen=12) == 1500 + 8 * 10 * 1.5
+    growing = dataclasses.replace(holed, growth=0.25)
+    assert growing.peak == holed.peak + 200 * 0.25
+    assert growing.correct(1500, seen=12) == holed.correct(1500, seen=12) + 200 * 0.25
+    assert "75% more lost between tensors" in str(growing)
     assert "in up to 3 pieces by GradCache" in str(PEAK)
 
 
@@ -68,6 +72,30 @@ def test_seconds_follow_the_tokens_of_the_timed_steps(monkeypatch):
     assert said.startswith("forecast: 1.25 s a step, 25 steps to go")
     clock[0] += 2 * made.seconds - 3.0  # one step has passed already
     assert "took 1:18 (+100%)" in pace.compare(torch.device("cpu"))
+
+
+def test_what_was_freed_is_given_back_where_more_is_held_than_was_forecast_and_that_helps(monkeypatch):
+    held, given_back = {"now": 0, "least": 1200}, []
+
+    def give_back():
+        given_back.append(held["now"])
+        held["now"] = min(held["now"], held["least"])
+
+    monkeypatch.setattr(forecast, "read_held", lambda device: held["now"])
+    monkeypatch.setattr(forecast, "return_freed", give_back)
+    pace = Pace(total=30, every=10, step_tokens=50, peak=PEAK, time_scorings=lambda: 2.0)
+    assert pace.expected == 1430
+    for now in (1400, 1430, 1431, 1420, 1500):
+        held["now"] = now
+        pace.hold_to(torch.device("cpu"))
+    assert given_back == [1431, 1500]
+    held["least"] = 1700  # this much is held whatever is given back
+    for now in (1700, 1800, 1870, 1871):
+        held["now"] = now
+        pace.hold_to(torch.device("cpu"))
+    assert given_back == [1431, 1500, 1700, 1871]
+    pace.hold_to(torch.device("cuda"))
+    assert len(given_back) == 4
 
 
 def test_a_short_run_is_not_forecast_and_a_longer_one_says_how_true_it_was(make_config, toy_data, silent):

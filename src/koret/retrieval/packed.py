@@ -186,9 +186,9 @@ class PackedEncoder:
         mixed = mix_tokens(qkv.apply(x), groups, self.heads)
         if rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
-        x = F.layer_norm(join.apply(mixed) + x, (x.shape[1],), *layer.norms[0], self.epsilon)
+        x = F.layer_norm(join.apply(mixed).add_(x), (x.shape[1],), *layer.norms[0], self.epsilon)
         hidden = self.activation(widen.apply(x))
-        return F.layer_norm(narrow.apply(hidden) + x, (x.shape[1],), *layer.norms[1], self.epsilon)
+        return F.layer_norm(narrow.apply(hidden).add_(x), (x.shape[1],), *layer.norms[1], self.epsilon)
 
     def _read_linear(self, modules: Sequence[nn.Module], adapters: Adapters | None, tokens: int) -> Linear:
         bases = [find_base(module) for module in modules]

@@ -26,9 +26,10 @@ from koret.training.trained import count_trained, count_weights
 WARM, LAST = 2, 5  # steps: the first ones are slow, the next ones are timed
 WORTH = 20  # steps of the shortest run that is forecast
 CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two moments, and those moments' file twice
-# Bytes lost between tensors on a CPU for each that a step keeps: .23 to .37 where measured (glibc 2.36, 730 to 4,700
-# tokens at a time). glibc before 2.38 puts no aligned piece where one of its own size was freed (its bug 14581).
-HOLES = 0.3
+# Bytes lost between tensors on a CPU for each that a step keeps: in the first steps, and what they grow by in a run of
+# some sixty (glibc 2.36, 2,600 to 9,200 tokens at a time). glibc before 2.38 puts no aligned piece where one of its own
+# size was freed (its bug 14581).
+HOLES, GROWTH = 0.2, 0.25
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -64,11 +65,17 @@ class PeakForecast:
     scoring: int  # encoding without gradients, and the merged copy that is scored at the end
     saving: int  # copies of weights and moments while a checkpoint is written
     holes: float = 0.0  # bytes lost between tensors, for each that activations keep
+    growth: float = 0.0  # the same, what they grow by in a run
     passing: int = 0  # what the widest layer computes and does not keep
 
     @property
+    def lost(self) -> float:
+        """Bytes lost between tensors at the end of a run, for each that activations keep."""
+        return self.holes + self.growth
+
+    @property
     def activations(self) -> int:
-        return int(self.per_token * self.tokens * (1 + self.holes)) + self.passing
+        return int(self.per_token * self.tokens * (1 + self.lost)) + self.passing
 
     @property
     def peak(self) -> int:
@@ -76,15 +83,15 @@ class PeakForecast:
 
     def correct(self, most: int, seen: int) -> int:
         """The peak to expect once steps of at most ``seen`` tokens at a time have held ``most`` bytes."""
-        heavier = int(self.per_token * max(0, self.tokens - seen) * (1 + self.holes))
-        return max(most + heavier, self.held + self.state + max(self.scoring, self.saving))
+        heavier = max(0, self.tokens - seen) * (1 + self.holes) + self.tokens * self.growth
+        return max(most + int(self.per_token * heavier), self.held + self.state + max(self.scoring, self.saving))
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
         return (
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
             f"{self.activations / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
-            f"{self.tokens:,} tokens at a time at most{pieces}; {self.holes:.0%} more lost between tensors), "
+            f"{self.tokens:,} tokens at a time at most{pieces}; {self.lost:.0%} more lost between tensors), "
             f"{self.state / 2**30:.2f} for gradients and AdamW, "
             f"when nothing trains {self.scoring / 2**30:.2f} for scoring, {self.saving / 2**30:.2f} for a checkpoint"
         )
@@ -120,6 +127,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         scoring=scoring + ordered + (count_merged(encoder) * 4 if merges else 0),
         saving=trained.trained * CHECKPOINT_BYTES,
         holes=HOLES if encoder.device.type == "cpu" else 0.0,  # on CUDA tensors are counted, not memory
+        growth=GROWTH if encoder.device.type == "cpu" else 0.0,
         passing=passing + (ordered if pieces > 1 else 0),  # the passes without a graph
     )
 
@@ -180,6 +188,7 @@ class Pace:
         self.total, self.every, self.step_tokens, self.peak = total, every, step_tokens, peak
         self._time_scorings = time_scorings
         self._tokens, self._seen, self._began = 0, 0, 0.0
+        self._least = 0  # bytes that stay when everything freed is given back
         self.forecast: Forecast | None = None
         self.expected = peak.peak
 
@@ -205,6 +214,16 @@ class Pace:
         self.expected = self.peak.correct(read_peak(device), self._seen)
         self._began = time.perf_counter()
         return f"forecast: {self.forecast}, {self.expected / 2**30:.2f} GB at the peak"
+
+    def hold_to(self, device: torch.device) -> None:
+        """After a step: give back what was freed where more is held than was forecast, and giving back helps.
+
+        On a CPU what a step frees is kept for the next one (memory.keep_freed). Batches of other sizes do not quite
+        fit into it, so it grows from step to step, the more the longer it is kept.
+        """
+        if device.type == "cpu" and read_held(device) > max(self.expected, self._least * 1.1):
+            return_freed()
+            self._least = read_held(device)
 
     def compare(self, device: torch.device) -> str | None:
         """How long it took since the forecast and what was held at most, beside what was said; None without one."""

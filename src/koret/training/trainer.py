@@ -202,6 +202,7 @@ class EmbeddingTrainer:
             rate = find_learning_rate(step.number, self.job.schedule.total, self.warmup, self.config.learning_rate)
             norm = self.optimizer.step(rate, finite=torch.isfinite(values).all())
             self.measurements.add(step.number, batches, torch.cat([values, norm.reshape(1).to(values.dtype)]))
+            self.pace.hold_to(self.encoder.device)
         self.at.step = step.number
         if due or step.ends_epoch:
             found = self.measurements.collect(norms)
