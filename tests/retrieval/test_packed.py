@@ -181,6 +181,42 @@ def test_adapters_of_all_layers_are_made_ready_in_as_many_operations_as_those_of
     assert 0 < count(1) == count(2) == count(7)
 
 
+@pytest.mark.parametrize("device, kept", [("cpu", torch.float32), ("meta", torch.bfloat16)])
+def test_factors_are_cast_together_where_a_batch_is_not_cut_into_slices(device, kept):
+    module = get_peft_model(build("bert", torch.float32), LoraConfig(r=4, target_modules=["query"])).to(device)
+    groups = [group for layer in packed.find_core(module).encoder.layer for group in packed.list_linears(layer)]
+    found = [adapters for adapters in linear.read_adapters(groups, torch.bfloat16) if adapters is not None]
+    assert [(a.down.dtype, a.up.dtype) for a in found] == [(kept, kept)] * 2
+    assert [tuple(a.up.shape) for a in found] == [(3 * 32, 4)] * 2  # zeros for key and value
+
+
+def test_gradients_of_slices_add_up_unrounded_in_bf16(monkeypatch):
+    """The sum of many slices' gradients is as near to float64's as a single slice's, for both factors."""
+    module = get_peft_model(
+        build("bert"), LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value"])
+    ).double()
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    ids, weights = draw_ids([64] * 200), torch.randn(200, 32, dtype=torch.float64)
+
+    def gradients(dtype):
+        vectors = packed.PackedEncoder(module, "mean", dtype).forward(ids)
+        return torch.autograd.grad((vectors * weights).sum(), trained)
+
+    exact = gradients(torch.float64)
+    module.float()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    errors = []
+    for size in (10**6, 64):
+        monkeypatch.setattr(packed, "SLICE", size)
+        errors.append(
+            [((g - e).norm() / e.norm()).item() for g, e in zip(gradients(torch.bfloat16), exact, strict=True)]
+        )
+    assert max(many / one for one, many in zip(*errors, strict=True)) < 1.5, errors
+
+
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [2], [64, 64], [65], ODD_LENGTHS * 9], ids=str)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -91,7 +91,8 @@ def read_adapters(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> 
     """The active adapters of every group of linear layers side by side; None for a group that has none.
 
     Groups of one shape are read together: their factors are stacked once, and their gradients come back as one tensor.
-    On CPU ``down`` stays in its own type: the gradients of a batch's slices add up in it unrounded.
+    On CPU they stay in the type they are trained in, and are cast at every use: the gradients of a batch's slices add
+    up unrounded. Elsewhere a batch is one slice, and they are cast to ``dtype`` together.
     """
     found = [[_find_adapter(module) for module in group] for group in groups]
     alike: dict[tuple, list[int]] = {}
@@ -106,8 +107,8 @@ def read_adapters(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> 
     read: list[Adapters | None] = [None] * len(groups)
     for key, numbers in alike.items():
         downs, ups = _stack_factors([found[n] for n in numbers], [width for width, _ in key])
-        ups = ups.to(dtype)
-        downs = downs if downs.device.type == "cpu" else downs.to(dtype)
+        if downs.device.type != "cpu":
+            downs, ups = downs.to(dtype), ups.to(dtype)
         for number, down, up in zip(numbers, downs.unbind(), ups.unbind(), strict=True):
             dropout = next(a.dropout for a in found[number] if a is not None)
             read[number] = Adapters(down, up, dropout, _stack_lengths(found[number], groups[number], dtype))
