@@ -46,6 +46,15 @@ def build(family: str, dtype: torch.dtype = torch.float64):
     return module
 
 
+def adapt(**settings):
+    """A BERT with adapters that do something, in float64."""
+    module = get_peft_model(build("bert"), LoraConfig(**{"r": 4, "lora_dropout": 0.0, **settings})).double()
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return module
+
+
 def draw_ids(lengths, seed=0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.integers(2, 120, n).astype(np.int32) for n in lengths]
@@ -99,12 +108,9 @@ def test_bf16_stays_close_to_float64():
 @pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, checkpointing):
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, **variant)
-    module = get_peft_model(build("bert"), config).double()
+    module = adapt(lora_alpha=8, target_modules=targets, **variant)
     for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-        elif "magnitude" in name:
+        if "magnitude" in name:
             parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
     ids = draw_ids(ODD_LENGTHS)
@@ -120,30 +126,27 @@ def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, che
 
 
 @pytest.mark.parametrize(
-    "uneven",
+    "uneven, shapes",
     [
-        {"rank_pattern": {"key": 2, r"layer\.0\.attention\.self\.value": 7}, "alpha_pattern": {"query": 3}},
-        {"target_modules": ["query", "key", "value", "dense"], "layers_to_transform": [1], "layers_pattern": "layer"},
+        ({"rank_pattern": {"key": 2, r"layer\.0\.attention\.self\.value": 7}, "alpha_pattern": {"query": 3}}, 6),
+        ({"target_modules": ["query", "dense"], "layers_to_transform": [1], "layers_pattern": "layer"}, 4),
     ],
     ids=["ranks and scales", "one layer"],
 )
-def test_adapters_that_differ_between_layers_have_the_gradients_of_the_peft_forward(uneven):
-    settings = {"target_modules": ["query", "key", "value"], **uneven}
-    module = get_peft_model(build("bert"), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **settings)).double()
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+def test_adapters_that_differ_between_layers_have_the_gradients_of_the_peft_forward(uneven, shapes):
+    """``shapes``: how many the trained factors have; A and B of three ranks, or of layers of three pairs of widths."""
+    module = adapt(**{"target_modules": ["query", "key", "value"], **uneven})
     trained = [p for p in module.parameters() if p.requires_grad]
-    assert len({p.shape for p in trained}) > 2 or len(trained) == 2 * 6
+    assert len({p.shape for p in trained}) == shapes
     ids = draw_ids(ODD_LENGTHS)
     weights = torch.randn(len(ids), 32, dtype=torch.float64)
-    ours = torch.autograd.grad(
-        (packed.PackedEncoder(module, "mean", torch.float64).forward(ids) * weights).sum(), trained
+    ours, theirs = (
+        torch.autograd.grad((vectors * weights).sum(), trained)
+        for vectors in (packed.PackedEncoder(module, "mean", torch.float64).forward(ids), pool_padded(module, ids))
     )
-    reference = torch.autograd.grad((pool_padded(module, ids) * weights).sum(), trained)
-    for mine, theirs in zip(ours, reference, strict=True):
-        assert theirs.abs().max() > 0
-        assert torch.allclose(mine, theirs, atol=1e-10, rtol=1e-9)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert reference.abs().max() > 0
+        assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
 
 
 class CountOperations(TorchDispatchMode):
@@ -192,12 +195,7 @@ def test_factors_are_cast_together_where_a_batch_is_not_cut_into_slices(device, 
 
 def test_gradients_of_slices_add_up_unrounded_in_bf16(monkeypatch):
     """The sum of many slices' gradients is as near to float64's as a single slice's, for both factors."""
-    module = get_peft_model(
-        build("bert"), LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value"])
-    ).double()
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    module = adapt(target_modules=["query", "value"])
     trained = [p for p in module.parameters() if p.requires_grad]
     ids, weights = draw_ids([64] * 200), torch.randn(200, 32, dtype=torch.float64)
 
@@ -222,12 +220,7 @@ def test_gradients_of_slices_add_up_unrounded_in_bf16(monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_slices_give_the_gradients_of_the_peft_forward(lengths, pooling, checkpointing, monkeypatch):
     monkeypatch.setattr(packed, "SLICE", 130)
-    module = get_peft_model(
-        build("bert"), LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "dense"])
-    ).double()
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    module = adapt(target_modules=["query", "dense"])
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
     ids = draw_ids(lengths)
     weights = torch.randn(len(ids), 32, dtype=torch.float64)
