@@ -236,7 +236,8 @@ class TextEncoder:
             tokens[row, : len(x)] = torch.from_numpy(x)
             mask[row, : len(x)] = 1
         device = self.device
-        features = {"input_ids": tokens.to(device), "attention_mask": mask.to(device), "modality": "text"}
+        moved = {"input_ids": tokens, "attention_mask": mask}
+        features = {name: part.to(device, non_blocking=True) for name, part in moved.items()} | {"modality": "text"}
         with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return self.model(features)["sentence_embedding"]
 

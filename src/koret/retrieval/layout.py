@@ -141,4 +141,5 @@ def find_firsts(layout: Layout, sizes: Sequence[int], device: torch.device) -> t
     cuts = np.searchsorted(starts, ends)
     rows = [own - end + size for own, end, size in zip(np.split(starts, cuts[:-1]), ends, sizes, strict=True)]
     places = np.argsort(order)
-    return [torch.from_numpy(own).to(device, non_blocking=True) for own in rows], torch.from_numpy(places).to(device)
+    *own, back = (torch.from_numpy(part).to(device, non_blocking=True) for part in (*rows, places))
+    return own, back

@@ -138,7 +138,7 @@ class PackedEncoder:
             bounds = torch.tensor([*layout.starts, layout.tokens], dtype=torch.int32)
             return FlatTexts(bounds.to(device, non_blocking=True), max(layout.lengths), path.kernel)
         groups = [
-            (at, n, length, None if mask is None else mask.to(device, self.dtype))
+            (at, n, length, None if mask is None else mask.to(device, self.dtype, non_blocking=True))
             for at, n, length, mask in layout.groups
         ]
         return PaddedTexts(groups) if path.layout == "padded" else groups

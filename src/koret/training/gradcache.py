@@ -38,7 +38,7 @@ def embed_and_backward(
     order = torch.from_numpy(np.argsort(np.concatenate(chunks)))  # where each text's embedding stands
     if len(chunks) == 1:
         embeddings = embed([texts[i] for i in chunks[0]])
-        loss = loss_of(embeddings[order.to(embeddings.device)])
+        loss = loss_of(embeddings[order.to(embeddings.device, non_blocking=True)])
         loss.backward()
         return loss.detach()
 
@@ -49,7 +49,7 @@ def embed_and_backward(
             parts.append(embed([texts[i] for i in chunk]))
     last = embed([texts[i] for i in chunks[-1]])
     embeddings = torch.cat([*parts, last.detach()]).requires_grad_()
-    loss = loss_of(embeddings[order.to(embeddings.device)])
+    loss = loss_of(embeddings[order.to(embeddings.device, non_blocking=True)])
     loss.backward()
 
     after = read_random_state()

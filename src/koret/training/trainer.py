@@ -261,7 +261,7 @@ class EmbeddingTrainer:
         self.parameters = {n: p for n, p in self.encoder.backbone.named_parameters() if p.requires_grad}
         log_scale = None
         if config.learn_scale:
-            log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale), device=self.encoder.device))
+            log_scale = torch.nn.Parameter(torch.full((), math.log(config.scale), device=self.encoder.device))
             self.parameters["log_scale"] = log_scale
         self.group.require_same(
             settings={name: value for name, value in config.to_dict().items() if name not in PATHS},
