@@ -2,7 +2,7 @@
 
 A block runs as it stands unless a comment on the line before it says how it is checked instead:
 
-    <!-- check: run with A -> B; C -> D -->  runs shortened: A is replaced by B and C by D
+    <!-- check: run with A -> B; C -> D -->  runs shortened: A is replaced by B (\\n for a new line) and C by D
     <!-- check: slow -->                     runs with the slow tests (`slow with A -> B` too); its commands are parsed
     <!-- check: parse, REASON -->            never runs: options and settings are checked by the real parser
     <!-- check: serve URL -->                started with the slow tests, URL fetched, stopped
@@ -83,7 +83,7 @@ class Block:
             assert arrow and old.strip() in text, (
                 f"{self.place}: the comment replaces {old.strip()!r}, which is not there"
             )
-            text = text.replace(old.strip(), new.strip())
+            text = text.replace(old.strip(), new.strip().replace("\\n", "\n"))
         return Block(self.place, self.language, text, self.check)
 
 
