@@ -18,6 +18,7 @@ from toys import make_dataset
 from koret.config import TrainingConfig
 from koret.retrieval.encoder import load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run
+from koret.training.batch_gradients import BatchGradients
 from koret.training.measurements import NumericFault
 from koret.training.resume import SettingsChanged
 from koret.training.signals import StopSignals
@@ -87,6 +88,23 @@ def test_epoch_loss_is_the_mean_of_the_epochs_steps(make_config, toy_data):
     epochs = [line["train/epoch_loss"] for line in lines if "train/epoch_loss" in line]
     half = len(losses) // 2
     assert epochs == pytest.approx([np.mean(losses[:half]), np.mean(losses[half:])], rel=1e-9)
+
+
+def test_every_step_finds_the_model_in_training_mode_whatever_was_scored_before(
+    make_config, toy_data, tiny_model, monkeypatch
+):
+    modes, plain = [], BatchGradients.add
+
+    def add(self, batches):
+        modes.append({module.training for module in self.encoder.model.modules()})
+        return plain(self, batches)
+
+    monkeypatch.setattr(BatchGradients, "add", add)
+    encoder = load_encoder(tiny_model, device="cpu", max_seq_length=48)
+    encoder.model.eval()
+    config = make_config(save_steps=1, remine_every=1, num_epochs=2, max_steps=None)
+    trainer, _ = train(config, toy_data, encoder=encoder)
+    assert len(modes) == trainer.at.step > 20 and all(mode == {True} for mode in modes)
 
 
 def test_training_learns_the_toy(make_config, toy_data):

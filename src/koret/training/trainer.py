@@ -153,6 +153,7 @@ class EmbeddingTrainer:
     def _fit(self, stop: StopSignals) -> None:
         """Score when it is time, stop when it is time, otherwise take a step."""
         steps = self.job.schedule.steps_after(self.at.step)
+        self.encoder.model.train()  # once: encoding without gradients leaves it as it was, and it takes a while
         try:
             while True:
                 if self._is_evaluation_due():
@@ -192,7 +193,6 @@ class EmbeddingTrainer:
         due = step.number % self.config.log_every_n_steps == 0 or step.number == self.job.schedule.total
         norms, histograms = None, {}
         if batches:
-            self.encoder.model.train()
             values = self.gradients.add(batches)
             self.optimizer.unscale()
             if due and self.config.log_gradients:
