@@ -143,6 +143,9 @@ def test_environment_says_what_ran_and_nothing_private(monkeypatch, tmp_path):
         (["--password", "abc", "--passage-tokens", "128"], ["--password", "***", "--passage-tokens", "128"]),
         ({"hub_token": "x", "max_tokens": 5, "secret": None}, {"hub_token": "***", "max_tokens": 5, "secret": None}),
         ("a/b of 1/2 and/or", "a/b of 1/2 and/or"),
+        ({"query_prefix": "[/INST] "}, {"query_prefix": "[/INST] "}),
+        (["--query-prefix", "</s>질문: "], ["--query-prefix", "</s>질문: "]),
+        ({"query_prefix": "hf_abcdefgh123 "}, {"query_prefix": "*** "}),
     ],
 )  # fmt: skip
 def test_scrubbing_spares_what_is_harmless(given, kept):

@@ -10,6 +10,7 @@ from typing import Any
 
 _SECRET = r"(?:token|secret|password|passwd|credentials?|(?:api|access|private|secret)[_-]?key)"
 _SECRET_NAME = re.compile(_SECRET + "$", re.IGNORECASE)
+_PREFIX_NAME = re.compile(r"[_-]prefix$")  # what a model reads before a text: "[/INST] " is no path
 _SECRET_OPTION = re.compile(rf"(--[\w-]*{_SECRET}=)\S+", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.~/:-])/(?:[^\s/'\",;:]+/)*[^\s/'\",;:]+")
@@ -28,7 +29,7 @@ def scrub(value: Any) -> Any:
     """A copy of a JSON value without secrets, user name or absolute paths, so that a run directory can be shared.
 
     Values under secret-sounding keys, values of secret-sounding environment variables and well-known token shapes
-    become ``***``; absolute paths become portable ones (``portable_path``).
+    become ``***``; absolute paths become portable ones (``portable_path``), but in prefixes of texts.
     """
     if isinstance(value, Mapping):
         return {str(key): _scrub_named(str(key), item) for key, item in value.items()}
@@ -39,16 +40,23 @@ def scrub(value: Any) -> Any:
 
 
 def _scrub_named(name: str, value: Any) -> Any:
-    secret = isinstance(value, str) and value and _SECRET_NAME.search(name)
-    return "***" if secret else scrub(value)
+    if not isinstance(value, str):
+        return scrub(value)
+    if value and _SECRET_NAME.search(name):
+        return "***"
+    return _hide_secrets(value) if _PREFIX_NAME.search(name) else _scrub_text(value)
 
 
 def _scrub_text(text: str) -> str:
+    text = _hide_secrets(text)
+    return portable_path(text) if text.startswith("/") else _ABSOLUTE_PATH.sub(lambda m: portable_path(m[0]), text)
+
+
+def _hide_secrets(text: str) -> str:
     for name, secret in os.environ.items():
         if len(secret) >= 6 and _SECRET_NAME.search(name):
             text = text.replace(secret, "***")
-    text = _SECRET_TEXT.sub("***", _SECRET_OPTION.sub(r"\1***", text))
-    return portable_path(text) if text.startswith("/") else _ABSOLUTE_PATH.sub(lambda m: portable_path(m[0]), text)
+    return _SECRET_TEXT.sub("***", _SECRET_OPTION.sub(r"\1***", text))
 
 
 def portable_path(path: str) -> str:

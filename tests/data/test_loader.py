@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -20,9 +21,11 @@ from koret.data.keys import normalize_answer, text_key
 from koret.data.korquad import Article, read_articles
 from koret.data.loader import format_report, load_dataset
 from koret.data.markup import clean_html_text
+from koret.data.pairs import build_pairs
 from koret.data.prepare import Settings, prepare_source, shard_path
 from koret.data.sources import DataError, find_sources
 from koret.data.tables import TableWriter
+from koret.evaluation.tasks import build_task
 
 
 def make_page(number, sentences=60, answer=None, **question):
@@ -265,6 +268,39 @@ class TestBadRecords:
                 ("b.json", "글 4", "2", "duplicate id, conflicting"),
             ]
 
+    @pytest.mark.parametrize("given", [{"answer": "세종"}, {}], ids=["with answer", "without"])
+    def test_one_question_with_several_passages_keeps_them_all(self, tmp_path, given):
+        asked = {"id": "q1", "query": "한글을 만든 임금은?", **given}
+        first, second = "세종이 한글을 만들었다.", "임금 세종은 학자였다."
+        rows = [
+            asked | {"positive": first, "article": "한글"},
+            asked | {"positive": second, "article": "조선"},
+            asked | {"positive": first, "article": "한글"},
+            asked | {"positive": first, "article": "한글", "negatives": ["거북선이다."]},
+        ]
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        dataset = load(path, tmp_path / "c")
+        [reject] = check_whole(dataset)
+        assert (reject["id"], reject["article"], reject["reason"]) == ("q1", "한글", "duplicate id, identical")
+        passages = dataset.passages.column("text").to_pylist()
+        found = dataset.questions.to_pylist()
+        assert sorted(passages[row["best"]] for row in found) == sorted([first, first, second])
+        assert [[passages[i] for i in row["negatives"]] for row in found if row["negatives"]] == [["거북선이다."]]
+        pairs = build_pairs(dataset, range(2))
+        assert sorted(pairs.queries) == [asked["query"]] * 2
+        assert all({pairs.texts[i] for i in pairs.known_of(row)} == {first, second} for row in range(2))
+        task = build_task(dataset, range(dataset.questions.num_rows), range(len(passages)), "passage")
+        assert task.query_ids == ["q1"] and {task.corpus[i] for i in task.relevant[0]} == {first, second}
+
+    def test_other_answers_under_one_id_conflict(self, tmp_path):
+        asked = {"id": "q1", "query": "임금은?", "positive": "세종과 태종"}
+        rows = [asked | {"answer": "세종"}, asked | {"answer": "태종"}, {"query": "둘?", "positive": "둘"}]
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        reasons = [line["reason"] for line in check_whole(load(path, tmp_path / "c"))]
+        assert reasons == ["duplicate id, conflicting"] * 2
+
     def test_the_search_for_them_takes_little_memory(self, tmp_path):
         def measure(shards):
             tracemalloc.start()
@@ -334,6 +370,19 @@ class TestSecondStart:
         first = load(official, tmp_path / "cache").directory
         change(official)
         assert load(official, tmp_path / "cache").directory != first
+
+    def test_a_renamed_folder_of_documents_rebuilds(self, tmp_path):
+        root = tmp_path / "docs"
+        (root / "guid").mkdir(parents=True)
+        (root / "guid" / "setup.md").write_text("# 설치\n\n세종은 왕이다.\n", encoding="utf-8")
+        (root / "z.md").write_text("# 다른\n\n이순신은 장군이다.\n", encoding="utf-8")
+        asked = [{"question": "왕은?", "file": "guide/setup.md"}, {"question": "장군은?", "file": "z.md"}]
+        (root / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        assert load(root, tmp_path / "c").questions.num_rows == 1
+        (root / "guid").rename(root / "guide")
+        dataset = load(root, tmp_path / "c")
+        assert dataset.questions.num_rows == 2
+        assert dataset.articles.column("source").to_pylist() == ["guide/setup.md", "z.md"]
 
     def test_changed_settings_rebuild(self, official, tmp_path):
         folders = {
@@ -407,6 +456,73 @@ class TestOwnData:
         assert [passages[i] for i in two["gold"]] == ["가나다 라", "바사"] and two["id"] == "pairs.jsonl:2"
         assert three["answers"] == ["높다"] and (three["answer_start"], three["answer_end"]) == (5, 7)
 
+    def test_hard_negatives_are_cleaned_and_cut_as_positives_are(self, tmp_path):
+        question, page = "한글을 만든 임금은?", "<h2>창제</h2><p>세종이 <b>훈민정음</b>을 만들었다.</p>"
+        plain = "한글은 스물네 자이다."
+        rows = [
+            {"query": question, "positive": page},
+            {"query": question, "positive": "<p>한글은 세종이 지었다.</p>", "article": "나", "id": "나",
+             "negatives": [page, "<p>거북선은 <b>배</b>다.</p>", "<div><p>거북선은 배다.</p></div>", "<p> </p>"]},
+            {"query": question, "positive": plain, "article": "다", "negatives": [page]},
+        ]  # fmt: skip
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        dataset = load(path, tmp_path / "c")
+        [reject] = check_whole(dataset)
+        assert (reject["id"], reject["questions"], reject["reason"]) == ("나", 0, "a negative is empty once cleaned")
+        assert dataset.report["reasons"] == {"a negative is empty once cleaned": 1}
+        passages = dataset.passages.to_pylist()
+        assert [p["text"] for p in passages] == [
+            "세종이 훈민정음을 만들었다.", "한글은 세종이 지었다.",
+            "세종이 훈민정음을 만들었다.", "거북선은 배다.", plain, "세종이 훈민정음을 만들었다.",
+        ]  # fmt: skip
+        assert [p["heading"] for p in passages] == ["창제", "나", "창제", "", "", "창제"]
+        assert dataset.questions.column("negatives").to_pylist() == [[], [2, 3], [5]]
+        pairs = build_pairs(dataset, range(3))  # the page is right for the same question elsewhere
+        assert [[pairs.texts[i] for i in pairs.negatives[row]] for row in range(3)] == [["거북선은 배다."]] * 3
+
+    def test_plain_hard_negatives_are_normal_text_of_the_same_length(self, tmp_path):
+        long = " ".join(f"{n}번째 문장은 조금 길게 쓴 글이다." for n in range(40))
+        rows = [
+            {"query": "가?", "positive": "다른 글", "negatives": [unicodedata.normalize("NFD", long), long]},
+            {"query": "나?", "positive": long, "negatives": ["한  글", f" {long}"]},
+        ]
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        whole = load(path, tmp_path / "c")
+        assert whole.passages.column("text").to_pylist() == ["다른 글", long, long, "한  글", f" {long}"]
+        assert whole.questions.column("negatives").to_pylist() == [[1], [3]]
+        cut = load(path, tmp_path / "c", passage_tokens=64)
+        check_whole(cut)
+        own = {
+            article: [p["text_key"] for p in cut.passages.to_pylist() if p["article"] == article] for article in (0, 1)
+        }
+        assert len(own[0]) > 3 and set(own[0][1:]) < set(own[1])
+        assert [len(row) for row in cut.questions.column("negatives").to_pylist()] == [len(own[0]) - 1, 1]
+
+    def test_rows_that_do_not_fit_the_columns_are_listed(self, tmp_path):
+        for name, mark, held in (("a.csv", ",", "comma"), ("a.tsv", "\t", "tab")):
+            lines = [["query", "positive", "answer"], ["가?", "글", ""], ["나?", "글", "둘", ""], ["다?", "글"]]
+            (tmp_path / name).write_text("\n".join(map(mark.join, lines)), encoding="utf-8")
+            dataset = load(tmp_path / name, tmp_path / "c")
+            assert [(line["id"], line["position"], line["reason"]) for line in check_whole(dataset)] == [
+                (f"{name}:3", 3, f"more cells than columns: put a cell that holds a {held} into quotes"),
+                (f"{name}:4", 4, "fewer cells than columns: leave a cell empty where there is nothing to say"),
+            ]
+            assert dataset.questions.column("text").to_pylist() == ["가?"]
+
+    def test_a_column_named_twice_is_refused(self, tmp_path):
+        (tmp_path / "a.csv").write_text("query,positive,note,note,positive\n가?,하나,,,둘\n", encoding="utf-8")
+        table = pa.Table.from_arrays(
+            [pa.array([text]) for text in ("가?", "하나", "둘")], ["query", "passage", "passage"]
+        )
+        pq.write_table(table, tmp_path / "b.parquet")
+        for name, column in (("a.csv", "positive"), ("b.parquet", "passage")):
+            with pytest.raises(DataError, match=f"{name} has two columns named {column}: rename or remove"):
+                load(tmp_path / name, tmp_path / "c")
+        (tmp_path / "a.csv").write_text("query,positive,note,note\n가?,하나,,\n", encoding="utf-8")
+        assert load(tmp_path / "a.csv", tmp_path / "c").questions.num_rows == 1
+
     def test_tables_with_named_columns(self, tmp_path):
         root = tmp_path / "d"
         root.mkdir()
@@ -454,6 +570,41 @@ class TestOwnData:
         passages = dataset.passages.column("text").to_pylist()
         gold = {row["id"]: [passages[i] for i in row["gold"]] for row in dataset.questions.to_pylist()}
         assert gold == {"q0": ["제목\n글 1", "글 3"], "q1": ["글 2"]}
+
+    def test_beir_lists_what_it_leaves_out(self, tmp_path):
+        root = tmp_path / "beir"
+        (root / "qrels").mkdir(parents=True)
+        corpus = [("d1", "첫째"), ("d1", "다른 글"), ("d2", "둘째"), ("d2", "둘째")]
+        queries = [("q1", "하나?"), ("q1", "또 하나?"), ("q2", "둘?"), ("q2", "둘?")]
+        for name, records in (("corpus", corpus), ("queries", queries)):
+            lines = [json.dumps({"_id": identity, "text": text}) for identity, text in records]
+            (root / f"{name}.jsonl").write_text("\n".join(lines))
+        (root / "qrels" / "test.tsv").write_text(
+            "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\nq2\tnone\t1\nq9\td2\t1\nq2\td1\t1e0\nq1 d2 1\n\n"
+            "q9\tnone\t0\n"
+        )
+        dataset = load(root, tmp_path / "c")
+        unread = "a judgement that is not query-id, corpus-id, score with tabs between"
+        fields = ("file", "position", "id", "questions", "reason")
+        assert [tuple(line[field] for field in fields) for line in check_whole(dataset)] == [
+            ("corpus.jsonl", 2, "d1", 0, "another document has this '_id': the first is kept"),
+            ("corpus.jsonl", 4, "d2", 0, "duplicate id, identical"),
+            ("qrels/test.tsv", 4, "q2", 0, "a judgement of a document that is not in corpus.jsonl: none"),
+            ("qrels/test.tsv", 6, "qrels/test.tsv:6", 1, unread),
+            ("qrels/test.tsv", 7, "qrels/test.tsv:7", 1, unread),
+            ("queries.jsonl", 2, "q1", 1, "another query has this '_id': the first is kept"),
+            ("qrels/test.tsv", 5, "q9", 0, "a judgement of a query that is not in queries.jsonl: q9"),
+            (".", -1, "q2", 1, "duplicate id, identical"),
+        ]
+        assert dataset.report["articles"] == {"seen": 4, "kept": 2, "rejected": 2}
+        assert sum(dataset.report["reasons"].values()) == 8
+        passages = dataset.passages.column("text").to_pylist()
+        assert [(row["text"], passages[row["best"]]) for row in dataset.questions.to_pylist()] == [
+            ("하나?", "첫째"), ("둘?", "둘째"),
+        ]  # fmt: skip
+        (root / "qrels" / "test.tsv").write_bytes("q1\t글\t1\n".encode("cp949"))
+        with pytest.raises(DataError, match=r"qrels/test\.tsv is not UTF-8 \(byte 3\): convert it"):
+            load(root, tmp_path / "c")
 
     def test_documents_with_questions_apart(self, tmp_path):
         root = tmp_path / "above" / "docs"

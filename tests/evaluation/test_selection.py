@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from evaluation_examples import HashEncoder, make_dataset
+from tokenizers import Tokenizer, models
 
 from koret import runs
 from koret.config import TrainingConfig
@@ -63,16 +65,17 @@ def test_a_run_on_other_data_is_asked_everything_and_audited(dataset, tmp_path):
     ]
     other = dataclasses.replace(make_dataset(articles), fingerprint="other")
     run = _make_run(tmp_path / "run_1", "other", train_split=0.5)
-    chosen = select_questions(dataset, other, trained=[run])
+    chosen = select_questions(dataset, {"other": other}, trained=[run])
     assert chosen.split == "all" and len(chosen.asked) == 10
     titles = {f.what: f.same for f in chosen.audit().findings}
     trained_on = other.articles.column("title")[int(split_articles(other, 0.5, 1)[0][0])].as_py()
     assert titles["titles"] == (trained_on == "지리산")
-    assert select_questions(dataset, None, trained=[run]).audit() is None
+    unknown = select_questions(dataset, None, trained=[run]).audit()
+    assert unknown.clean is None and unknown.sentence.startswith("What run_1 was trained on is not known here, so ")
 
 
 def test_without_a_run_everything_is_asked_or_the_default_split(dataset):
-    assert select_questions(dataset).split == "all" and select_questions(dataset).audit() is None
+    assert select_questions(dataset).split == "all" and select_questions(dataset).audit().clean is None
     held_out = select_questions(dataset, split="held-out")
     default = TrainingConfig()
     assert held_out.asked.tolist() == split_articles(dataset, default.train_split, default.seed)[1].tolist()
@@ -88,7 +91,7 @@ def test_runs_are_found_by_their_model_directory(tmp_path):
 
 def test_the_embedded_sample_opens_as_the_models_tokens_cut_it():
     dataset, other = open_data("sample", HashEncoder(), progress=False)
-    assert other is None and dataset.questions.num_rows > 500
+    assert other == {} and dataset.questions.num_rows > 500
     report = evaluate(HashEncoder(), "sample", bm25=["bigram"], max_queries=60, kinds=["passage"], split="held-out")
     section = report.sections[0]
     assert len(section.task.queries) <= 60 and section.rows[0].system == "model"
@@ -107,9 +110,135 @@ def test_pages_are_cut_as_the_run_cut_them(tmp_path):
     for number, overlap in enumerate((0.0, 0.3)):
         run = _make_run(tmp_path / f"run_{number}", "x", passage_overlap=overlap, dataset_root=str(path))
         dataset, other = open_data(path, HashEncoder(), [run], cache_dir=tmp_path, progress=False)
-        assert other.fingerprint == dataset.fingerprint
+        assert other == {"x": "a.json now gives other data"}
         counts.append(dataset.passages.num_rows)
     assert counts[1] > counts[0] > 1
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch):
+    """Writes a file of question-answer pairs, an article each; ``of(path)`` is its fingerprint."""
+    monkeypatch.setenv("KORET_CACHE", str(tmp_path / "cache"))
+
+    def write(name, numbers, word="질문"):
+        lines = [
+            {"query": f"{word} {i} 번은 무엇에 관한 것인가?", "positive": f"{i}번 글은 {word} {i * 7919} 이야기이다.",
+             "article": f"{word}{i}"} for i in numbers
+        ]  # fmt: skip
+        (tmp_path / name).write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
+        return tmp_path / name
+
+    write.of = lambda path: open_data(path, HashEncoder())[0].fingerprint
+    return write
+
+
+def _evaluate(path, model, baseline=None):
+    return evaluate(model, path, baseline=baseline, bm25=False, kinds=["passage"], num_workers=0)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Every run loads as the same untrained encoder."""
+    import koret.retrieval.encoder
+
+    monkeypatch.setattr(koret.retrieval.encoder, "load_encoder", lambda name, **settings: HashEncoder(str(name)))
+
+
+def test_an_unknown_model_is_not_clean_because_its_baseline_is(pairs, tmp_path, opened):
+    asked = pairs("eval.jsonl", range(20))
+    run = _make_run(tmp_path / "run_b", pairs.of(asked), dataset_root=str(asked))
+    report = _evaluate(asked, HashEncoder("somebody/unknown"), str(run.path))
+    assert report.to_dict()["clean"] is None and report.audit.findings  # the baseline's side was compared
+    assert report.cleanness == (
+        "What unknown was trained on is not known here, so these numbers cannot be called clean "
+        "(no whole leakage audit)."
+    )
+    assert json.loads(json.dumps(report.to_dict()))["audit"]["clean"] is None
+    for base in ("offline", "hub/base", HashEncoder("base")):
+        assert _evaluate(asked, str(run.path), base).cleanness.startswith("Clean: training has seen none of 6 titles")
+    found = compare_models("hub/base", str(run.path), asked, num_workers=0)
+    assert found.cleanness.startswith("Clean") and found.to_dict()["cleanness"] == found.cleanness
+    assert "cannot be called clean" in compare_models(str(run.path), "hub/base", asked, num_workers=0).cleanness
+
+
+def test_what_the_model_or_its_baseline_has_seen_counts(pairs, tmp_path, opened):
+    asked, trained_on = pairs("eval.jsonl", range(20)), pairs("train.jsonl", range(40))
+    a = _make_run(tmp_path / "run_a", pairs.of(trained_on), dataset_root=str(trained_on))
+    b = _make_run(tmp_path / "run_b", pairs.of(asked), dataset_root=str(asked))
+    apart = pairs("apart.jsonl", range(30), word="낱말")
+    c = _make_run(tmp_path / "run_c", pairs.of(apart), dataset_root=str(apart))
+    for pair in ((a, b), (b, a), (a, c), (c, a)):
+        report = _evaluate(asked, *(str(run.path) for run in pair))
+        assert report.to_dict()["clean"] is False and "NOT CLEAN: training has seen " in report.cleanness
+    report = _evaluate(asked, str(c.path), str(b.path))
+    assert report.data["split"] == "held-out" and report.audit.clean
+    assert report.audit.training == "the runs' training articles and training articles of apart.jsonl"
+    assert "NOT CLEAN" in compare_models(str(b.path), str(a.path), asked, num_workers=0).cleanness
+
+
+@pytest.mark.parametrize("change", ["changed", "elsewhere", "gone"])
+def test_training_data_that_is_not_what_it_was_is_not_audited(pairs, tmp_path, opened, change, monkeypatch):
+    asked, trained_on = pairs("eval.jsonl", range(20)), pairs("train.jsonl", range(40))
+    monkeypatch.chdir(tmp_path)
+    a = _make_run(tmp_path / "run_a", pairs.of(trained_on), dataset_root="train.jsonl")
+    b = _make_run(tmp_path / "run_b", pairs.of(asked), dataset_root=str(asked))
+    assert "NOT CLEAN" in _evaluate(asked, str(a.path)).cleanness
+    if change == "changed":
+        pairs("train.jsonl", range(40), word="새말")
+    elif change == "elsewhere":
+        (tmp_path / "other").mkdir()
+        pairs("other/train.jsonl", range(40), word="새말")
+        monkeypatch.chdir(tmp_path / "other")
+    else:
+        trained_on.unlink()
+    why = "cannot be read" if change == "gone" else "now gives other data"
+    report = _evaluate(asked, str(a.path))
+    assert report.to_dict()["clean"] is None and report.cleanness == (
+        f"What run_a was trained on is not known here (train.jsonl {why}), so these numbers cannot be called clean "
+        "(no leakage audit)."
+    )
+    for pair in ((a, b), (b, a)):
+        report = _evaluate(asked, *(str(run.path) for run in pair))
+        assert report.audit.clean is None and f"What run_a was trained on is not known here (train.jsonl {why})" in (
+            report.cleanness
+        )
+
+
+def test_a_baseline_with_another_tokenizer_is_audited_by_its_own(pairs, tmp_path, monkeypatch):
+    import koret.retrieval.encoder
+
+    class Counting(HashEncoder):
+        def export_tokenizer(self, folder):
+            letters = {"가": 0, "[UNK]": 1, Path(self.name).name: 2}
+            backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+            folder.mkdir(parents=True, exist_ok=True)
+            backend.save(str(folder / f"{Path(self.name).name}.json"))
+            return folder / f"{Path(self.name).name}.json"
+
+    def load(name, **settings):
+        path = Path(str(name))
+        return Counting(str(path.parent if path.name == "model" else path))
+
+    monkeypatch.setattr(koret.retrieval.encoder, "load_encoder", load)
+    asked = pairs("eval.jsonl", range(20))
+    a, b = (
+        _make_run(tmp_path / name, open_data(asked, Counting(name))[0].fingerprint, dataset_root=str(asked), seed=seed)
+        for name, seed in (("run_a", 1), ("run_b", 2))
+    )
+    assert a.data != b.data
+    assert "NOT CLEAN" in _evaluate(asked, str(a.path), str(b.path)).cleanness
+    same = _make_run(tmp_path / "same" / "run_b", b.data["fingerprint"], dataset_root=str(asked))
+    report = _evaluate(asked, str(a.path), str(same.path))
+    assert report.data["split"] == "held-out" and report.audit.clean
+
+
+def test_a_runs_own_data_stays_its_own_when_every_byte_is_validated(pairs, tmp_path):
+    path = pairs("pairs.jsonl", range(40))
+    run = _make_run(tmp_path / "run_a", pairs.of(path), dataset_root=str(path))
+    plain, strict = (open_data(path, HashEncoder(), [run], strict=strict) for strict in (False, True))
+    assert plain[0].fingerprint == strict[0].fingerprint and plain[0].directory != strict[0].directory
+    chosen = select_questions(*strict, trained=[run])
+    assert chosen.split == "held-out" and chosen.audit().clean
 
 
 def test_models_are_compared_by_name(dataset, encoder, weak_encoder):

@@ -1,9 +1,11 @@
 """Weights between base and tuned: the ends are the models, the middle is the mean, the choice forgets nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from evaluation_examples import build_tiny_encoder
+from evaluation_examples import HashEncoder, build_tiny_encoder
 
 from koret.evaluation.evaluator import Evaluator
 from koret.evaluation.scores import judge
@@ -64,6 +66,28 @@ def test_the_choice_is_the_best_at_home_that_forgets_nothing(task, encoder, weak
     (axis,) = draw_sweep(found).axes
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["home", "panel", "chosen: 50%"]
     assert axis.lines[0].get_ydata().tolist() == [0.3, 0.6, 0.6, 0.9]
+
+
+def test_no_set_hides_what_another_of_its_name_lost(task, tmp_path, monkeypatch):
+    """Two extra sets are called alike; the tuning loses on the first only."""
+    base, tuned = build_tiny_encoder(tmp_path / "a", seed=1), build_tiny_encoder(tmp_path / "b", seed=2)
+    extra = replace(task, name="set")
+    good, bad = HashEncoder(), HashEncoder(noise=50.0)
+    plan = iter([bad, good, good, good, bad, good])  # at home, on the first, on the second; base, then tuned
+    score = Evaluator.score
+    monkeypatch.setattr(Evaluator, "score", lambda self, _, name, progress: score(self, next(plan), name))
+    found = sweep_encoders(tuned, base, [task, extra, extra], weights=[1.0])
+    assert found.tasks == [task.name, "set", "set #2"]
+    assert {name: v.verdict for name, v in found.points[1].verdicts.items()} == {
+        task.name: "better", "set": "worse", "set #2": "not distinguishable",
+    }  # fmt: skip
+    assert found.chosen == 0.0
+
+
+def test_a_sweep_says_what_the_audit_allows(dataset, tmp_path):
+    tuned = build_tiny_encoder(tmp_path / "a")
+    found = sweep(tuned, dataset, baseline=tuned, weights=[1.0])
+    assert found.cleanness.startswith("What a was trained on is not known here") and found.to_dict()["cleanness"]
 
 
 def test_a_model_that_is_no_run_needs_a_baseline(tmp_path, dataset):

@@ -88,6 +88,15 @@ def test_the_offline_base_loses_a_third_of_its_tokens_and_no_vector(tmp_path):
     assert np.array_equal(load_encoder(tmp_path / "model").encode(sample[:5], "passage"), before)
 
 
+def test_questions_are_cut_as_before_where_the_corpus_has_none(tiny):
+    passages = [("passage", text) for text in ("한라산은 제주도에 있다.", "지리산은 남쪽에 있다.")]
+    questions = ["한라산은?", "지리산은 남쪽에 있다."]
+    before = tiny.encode(questions, "query")
+    trim = vocabulary.plan_trim(tiny, passages, anyway=True)
+    vocabulary.trim_encoder(tiny, trim, passages)
+    assert np.array_equal(tiny.encode(questions, "query"), before)
+
+
 def test_a_corpus_too_small_is_refused_with_the_reason(tiny):
     few = [("passage", "한라산은 제주도에 있다.")]
     with pytest.raises(ValueError, match=r"too small for a safe trim: \d+ tokens, at least 10,000 .* --trim-anyway"):

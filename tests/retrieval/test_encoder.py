@@ -54,6 +54,7 @@ def test_fingerprint_is_the_digest_of_every_byte_in_order(encoder):
     expected = hashlib.sha256()
     for name, tensor in sorted(encoder.model.state_dict().items()):
         expected.update(name.encode() + tensor.numpy().tobytes())
+    expected.update(encoder._describe_forward().encode())
     parts = json.loads(encoder.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     expected.update(json.dumps(parts, ensure_ascii=False).encode())
     expected.update(repr((encoder.prefixes, encoder.max_seq_length)).encode())
@@ -77,6 +78,23 @@ def test_fingerprint_follows_weights_and_length(encoder):
     assert load_encoder("offline", max_seq_length=64).fingerprint() != before
 
 
+def test_fingerprint_follows_what_the_weights_are_computed_with(encoder, tmp_path):
+    encoder.save(tmp_path)
+    again = load_encoder(tmp_path, max_seq_length=128)
+    assert again.fingerprint() == encoder.fingerprint()
+    for file, name, value in (
+        ("1_Pooling/config.json", "pooling_mode", "cls"),
+        ("config.json", "num_attention_heads", 6),
+        ("config.json", "hidden_act", "relu"),
+    ):
+        written = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(json.dumps(json.loads(written) | {name: value}))
+        changed = load_encoder(tmp_path, max_seq_length=128)
+        (tmp_path / file).write_text(written)
+        assert not np.allclose(changed.encode(TEXTS, "query"), encoder.encode(TEXTS, "query"), atol=1e-3)
+        assert changed.fingerprint() != encoder.fingerprint(), name
+
+
 def test_padded_path_gives_the_same_vectors(encoder):
     slow = TextEncoder(encoder.model, name="slow")
     slow.slow_path_reason = "forced"
@@ -96,6 +114,21 @@ def test_long_texts_are_clipped_before_tokenising_without_changing_their_ids(enc
     (clipped,) = encoder.tokenize([text], "passage")
     whole = encoder.tokenizer("passage: " + text, truncation=True, max_length=128)["input_ids"]
     assert clipped.tolist() == whole
+
+
+def test_what_stands_behind_blanks_and_endless_words_is_read(encoder):
+    texts = [
+        "짧은 글",
+        " " * 9000 + "제주도의 역사",
+        "ㅋ" * 9000 + " 한라산",
+        "a\n" * 5000,
+        "가" + "\t" * 60_000 + "나",
+    ]
+    found = encoder.tokenize(texts, "passage")
+    for text, ids in zip(texts, found, strict=True):
+        whole = encoder.tokenizer("passage: " + text, truncation=True, max_length=128)["input_ids"]
+        assert ids.tolist() == whole
+    assert len(found[1]) > 6 and encoder.tokenize([], "query") == []
 
 
 def test_non_finite_weights_are_refused_by_name():

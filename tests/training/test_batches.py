@@ -3,8 +3,10 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from koret.data.keys import normalize_answer, text_key
 from koret.data.pairs import build_pairs
 from koret.retrieval.encoder import load_encoder
 from koret.training.batches import BatchMaker, TokenTable, tokenize_texts
@@ -46,6 +48,22 @@ def test_both_positives_of_a_question_never_serve_as_its_negatives(toy_data):
         assert siblings.sum() == 2
         assert batch.known[i, batch.positives[siblings]].all()
     assert batch.has_negatives
+
+
+def test_what_only_shares_an_answer_is_spared_and_not_called_right(toy_data):
+    columns = {field.name: toy_data.questions.column(field.name).to_pylist() for field in toy_data.questions.schema}
+    for row in range(0, 48, 4):  # a question of every passage, answered by the same year
+        columns["answers"][row], columns["answer_key"][row] = ["2011년"], text_key(normalize_answer("2011년"))
+    schema = toy_data.questions.schema
+    questions = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    table = build_pairs(dataclasses.replace(toy_data, questions=questions), np.arange(4), "passage")
+    rows = np.arange(0, len(table), 4)
+    tokens = fake_tokens(len(table), 1000), fake_tokens(len(table.texts), 0)
+    batch = BatchMaker(table, *tokens, mask=True, several=True).make(rows)
+    own = np.zeros_like(batch.known)
+    own[np.arange(len(rows)), batch.positives] = True
+    assert batch.known.all() and np.array_equal(batch.right, own)
+    assert BatchMaker(table, *tokens, mask=True).make(rows).right is None
 
 
 def test_a_batch_whose_every_negative_is_known_has_none(pairs):

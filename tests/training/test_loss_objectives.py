@@ -40,7 +40,8 @@ def make_batch(seed=0, questions=5, targets=6, guide=True):
     teacher[torch.rand(questions, targets, generator=generator) < 0.3] = math.nan
     vectors = unit(questions + targets, seed + 7, 4) if guide else None
     at = torch.arange(questions + targets)
-    return Relations(at[:questions], at[questions:], positives, known, None, vectors, teacher)
+    right = known & (torch.rand(questions, targets, generator=generator) < 0.5)
+    return Relations(at[:questions], at[questions:], positives, known, None, vectors, teacher, right)
 
 
 def st(kind, **options):
@@ -62,6 +63,16 @@ def test_same_tower_and_hardness_equal_sentence_transformers():
     )
     wanted = hard.compute_loss_from_embeddings([q, p], None).item()
     assert Objective(hardness_weight=3.0).measure(both, batch, 20.0).value.item() == pytest.approx(wanted)
+
+
+def test_several_positives_are_those_right_for_the_question():
+    vectors, batch = unit(11, 4), make_batch(3, guide=False)
+    right = batch.right.clone()
+    right[torch.arange(5), batch.positives] = True
+    wanted = info_nce(vectors[:5], vectors[5:], right, batch.known, scale=20.0).value
+    found = Objective(multi_positive=True).measure(vectors, batch, 20.0).value
+    others = info_nce(vectors[:5], vectors[5:], batch.known, batch.known, scale=20.0).value
+    assert found.item() == pytest.approx(wanted.item()) and abs((found - others).item()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative"])

@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from crashes import read_outcome
 from rich.console import Console
@@ -299,6 +300,30 @@ def test_training_on_mined_negatives_and_going_on_with_the_same_file_only(mined_
     missing = make_config(hard_negatives=str(tmp_path / "none.jsonl"))
     with pytest.raises(FileNotFoundError, match="make it with koret mine"):
         EmbeddingTrainer(missing, dataset=toy_data, console=Console(file=io.StringIO())).train()
+
+
+def test_answers_that_stand_in_no_passage_are_trained_on_and_not_mined_for(make_config, toy_data):
+    columns = {field.name: toy_data.questions.column(field.name).to_pylist() for field in toy_data.questions.schema}
+    gone = range(0, toy_data.questions.num_rows, 5)
+    for row in gone:
+        columns["best"][row], columns["gold"][row], columns["known"][row] = -1, [], []
+    schema = toy_data.questions.schema
+    questions = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    data = dataclasses.replace(toy_data, questions=questions)
+    config = make_config(positives="answer", remine_every=1, num_epochs=2, max_steps=None, save_steps=1000)
+    trainer = EmbeddingTrainer(config, dataset=data, console=Console(file=io.StringIO()))
+    run = trainer.train()
+    assert run.state == "finished" and len(trainer.job.pairs.negatives.values) > 0
+    asked = [json.loads(line) for line in (run.path / "negatives" / "epoch-0001.jsonl").read_text().splitlines()[1:]]
+    without = {columns["id"][row] for row in gone}
+    assert asked and not without & {line["question"] for line in asked}
+    assert set(trainer.job.pairs.question) & set(gone)
+    for row in range(len(columns["best"])):
+        columns["best"][row], columns["gold"][row], columns["known"][row] = -1, [], []
+    questions = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    trainer = EmbeddingTrainer(config, dataset=dataclasses.replace(toy_data, questions=questions))
+    with pytest.raises(ValueError, match="remine_every: no question here has a passage"):
+        trainer.train()
 
 
 class Stopped(Exception):

@@ -1,5 +1,7 @@
 """Whole trainings on a toy: the files they leave, the vectors they save, what stops them and what they refuse."""
 
+import argparse
+import dataclasses
 import io
 import json
 import math
@@ -15,7 +17,9 @@ from crashes import read_outcome
 from rich.console import Console
 from toys import make_dataset
 
+from koret.commands import train as commands
 from koret.config import TrainingConfig
+from koret.evaluation.selection import find_runs as find_runs_behind
 from koret.retrieval.encoder import load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
@@ -105,6 +109,18 @@ def test_every_step_finds_the_model_in_training_mode_whatever_was_scored_before(
     config = make_config(save_steps=1, remine_every=1, num_epochs=2, max_steps=None)
     trainer, _ = train(config, toy_data, encoder=encoder)
     assert len(modes) == trainer.at.step > 20 and all(mode == {True} for mode in modes)
+
+
+def test_an_overflow_in_float16_is_counted_where_it_is_recorded(make_config, toy_data, silent):
+    trainer = EmbeddingTrainer(make_config(log_gradients=True), dataset=toy_data, console=silent)
+    trainer._prepare()
+    trainer.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)  # as on CUDA; the first steps overflow
+    trainer.measurements._scaling = True
+    run = trainer.train()
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    norms = [any(name.startswith("gradients/") for name in line) for line in lines if "train/loss" in line]
+    assert trainer.measurements.totals["overflows"] == norms.count(False) > 0 and norms[-1]
+    assert lines[-1]["step"] == 5 and run.state == "finished"
 
 
 def test_training_learns_the_toy(make_config, toy_data):
@@ -387,6 +403,88 @@ def stopped(make_config, toy_data, silent):
 def test_changed_settings_are_refused_by_name(stopped, toy_data, change):
     with pytest.raises(SettingsChanged, match=next(iter(change))):
         EmbeddingTrainer.resume(stopped, changes=change, dataset=toy_data)
+
+
+def test_a_settings_file_counts_on_resume_too(stopped, toy_data, tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    commands.add_train(parser)
+    resume = EmbeddingTrainer.resume
+    monkeypatch.setattr(EmbeddingTrainer, "resume", lambda run, **named: resume(run, dataset=toy_data, **named))
+    file = tmp_path / "new.yaml"
+    file.write_text("learning_rate: 0.5\nlog_dir: elsewhere\n")
+    options = parser.parse_args(["--resume", str(stopped), "--config", str(file), "--dry-run"])
+    with pytest.raises(SettingsChanged, match=r"learning_rate \(0.001 -> 0.5\)"):
+        commands.train(options)
+    file.write_text("learning_rate: 0.001\nno_such_setting: 3\n")
+    with pytest.raises(ValueError, match="no_such_setting"):
+        commands.train(options)
+
+
+def test_a_resumed_trainer_trains_once(stopped, toy_data, silent, monkeypatch):
+    trainer = EmbeddingTrainer.resume(stopped, dataset=toy_data, console=silent)
+
+    def fail(*_):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(trainer, "_take_step", fail)
+        trainer.train()
+    with pytest.raises(RuntimeError, match="go on with EmbeddingTrainer.resume"):
+        trainer.train()
+
+
+def test_a_prefix_that_looks_like_a_path_stays_as_it_is(make_config, toy_data, silent):
+    config = make_config(query_prefix="[/INST] ", passage_prefix="</s>글: ")
+    trainer = EmbeddingTrainer(config, dataset=toy_data, console=silent)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    trainer._take_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    run = EmbeddingTrainer.resume(trainer.run_dir, dataset=toy_data, console=silent).train()
+    assert run.config["query_prefix"] == "[/INST] " and run.config["passage_prefix"] == "</s>글: "
+    saved = json.loads((run.path / "model" / "training_config.json").read_text())
+    assert saved["query_prefix"] == "[/INST] "
+
+
+def test_another_pooling_is_another_base(make_config, toy_data, tiny_model, tmp_path, silent):
+    model, prepared = tmp_path / "model", tmp_path / "prepared"
+    prepared.mkdir()
+    load_encoder(tiny_model, device="cpu", max_seq_length=48).save(model)
+    data = dataclasses.replace(toy_data, directory=prepared)  # where scores of bases are kept
+    config, pooling = make_config(model_name=str(model)), model / "1_Pooling" / "config.json"
+    _, first = train(config, data)
+    trainer = EmbeddingTrainer(config, dataset=data, console=silent)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    trainer._take_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode": "cls"}))
+    with pytest.raises(SettingsChanged, match="the base model changed"):
+        EmbeddingTrainer.resume(trainer.run_dir, dataset=data, console=silent).train()
+    _, second = train(config, data)
+    _, alone = train(config, toy_data)
+    assert second.base == alone.base != first.base
+
+
+def read_audit(run):
+    return json.loads((run.path / "evaluation" / "report.json").read_text())["audit"]["sentence"]
+
+
+def test_what_the_base_was_trained_on_counts_in_the_audit(make_config, toy_data):
+    _, first = train(make_config(), toy_data)
+    again = make_config(model_name=str(first.path))
+    assert read_audit(train(again, toy_data)[1]).startswith("Clean")
+    other_split = make_config(model_name=str(first.path), seed=5)
+    assert read_audit(train(other_split, toy_data)[1]).startswith("NOT CLEAN")
+    _, third = train(make_config(model_name=str(first.path)), make_dataset(seed=9))
+    assert first.name in read_audit(third) and "cannot be called clean" in read_audit(third)
+    assert [run.path.resolve() for run in find_runs_behind(third.path)] == [third.path, first.path]
 
 
 def test_harmless_changes_are_reported_and_change_nothing(stopped, make_config, toy_data, silent):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from koret.commands.data import add_loading_options, loading_options
 from koret.commands.screen import open_console, print_json
@@ -143,4 +144,4 @@ def sweep(options: argparse.Namespace) -> None:
     for point in found.points:
         cells = [f"{s.mean:.3f} {s.low:.3f}–{s.high:.3f}" for s in point.scores.values()]
         table.add_row(f"{point.weight:g}", *cells, style="bold" if point.weight == found.chosen else None)
-    open_console().print(table, found.sentence)
+    open_console().print(table, found.sentence, Text(found.cleanness))

@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> None:
 
     console = Console(stderr=True) if options.json else open_console()
     if options.resume:
-        changes = {k: v for k, v in given_settings(options).items() if k != "log_dir"}
+        changes = {k: v for k, v in read_given(options).items() if k != "log_dir"}
         log_dir = options.setting_log_dir or TrainingConfig().log_dir
         path = join_group().lead(runs.resolve_run, options.resume, log_dir)
         trainer = EmbeddingTrainer.resume(path, changes=changes, console=console)
@@ -66,8 +66,13 @@ def train(options: argparse.Namespace) -> None:
 
 
 def read_config(options: argparse.Namespace) -> TrainingConfig:
-    """Settings from the file and the options, checked together; options win."""
-    return TrainingConfig(**{**(read_settings(options.config) if options.config else {}), **given_settings(options)})
+    """Settings from the file and the options, checked together."""
+    return TrainingConfig(**read_given(options))
+
+
+def read_given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the file and of the command line, which wins."""
+    return {**(read_settings(options.config) if options.config else {}), **given_settings(options)}
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:

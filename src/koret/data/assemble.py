@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from koret.data.korquad import REPEATED
 from koret.data.prepare import SHARDS, SourceReport, shard_path
 
-IDENTICAL, CONFLICTING = "duplicate id, identical", "duplicate id, conflicting"
+IDENTICAL, CONFLICTING = REPEATED, "duplicate id, conflicting"
 # Which table's rows a column counts.
 _COUNTS = {
     "articles": {"first_passage": "passages"},
@@ -26,8 +27,9 @@ _COUNTS = {
 def assemble(staging: Path, target: Path, reports: Sequence[SourceReport]) -> str:
     """Join the shards in ``staging`` into articles, passages, questions (.arrow) and rejects.jsonl in ``target``.
 
-    A question id that comes twice keeps its first occurrence when all are the same question and none when they
-    differ; ``reports`` are corrected for it. Returns a SHA-256 over the tables. Memory holds one batch at a time.
+    Questions with the same id are all kept when they are one question with different passages, but only the first of
+    those with the same passages, and none when they are different questions; ``reports`` are corrected for it.
+    Returns a SHA-256 over the tables. Memory holds one batch at a time.
     """
     shards = range(len(reports))
     drop = _find_duplicates(staging, shards)
@@ -55,6 +57,17 @@ class _Duplicate(NamedTuple):
     reason: str
 
 
+class _Place(NamedTuple):
+    """Where a question whose id comes twice stands, and what it asks for."""
+
+    shard: int
+    row: int
+    title: str
+    question: int
+    answer: int | None  # None: the source gives none
+    passages: tuple[frozenset[int], ...]  # text keys of its gold passages and of its negatives
+
+
 def _count_duplicate(report: SourceReport, found: _Duplicate) -> dict[str, object]:
     report.questions_kept -= 1
     report.questions_rejected += 1
@@ -73,27 +86,47 @@ def _find_duplicates(staging: Path, shards: range) -> dict[int, dict[int, _Dupli
     """
     hashes = [np.fromiter(map(hash, _read_column(staging, number, "id")), np.int64) for number in shards]
     values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *hashes]), return_counts=True)
-    places: dict[str, list[tuple[int, int, tuple[int, int], str]]] = {}
+    places: dict[str, list[_Place]] = {}
     for number in shards:
         rows = np.flatnonzero(np.isin(hashes[number], values[counts > 1])).tolist()
         if not rows:
             continue
-        names = ("id", "question_key", "answer_key", "article")
-        ids, questions, answers, articles = (_read_column(staging, number, name) for name in names)
         titles = _read_column(staging, number, "title", "articles")
-        for row in rows:
-            place = number, row, (questions[row], answers[row]), titles[articles[row]]
-            places.setdefault(ids[row], []).append(place)
+        keys = np.fromiter(_iterate_column(staging, number, "text_key", "passages"), np.int64)
+        for row, found in zip(rows, _read_rows(staging, number, rows), strict=True):
+            passages = tuple(frozenset(keys[found[name]].tolist()) for name in ("gold", "negatives"))
+            answer = found["answer_key"] if found["answered"] else None
+            place = _Place(number, row, titles[found["article"]], found["question_key"], answer, passages)
+            places.setdefault(found["id"], []).append(place)
     drop: dict[int, dict[int, _Duplicate]] = {}
     for identity, found in places.items():
-        same = len({key for _, _, key, _ in found}) == 1
-        for number, row, _, title in found[1:] if same else found:
-            drop.setdefault(number, {})[row] = _Duplicate(identity, title, IDENTICAL if same else CONFLICTING)
+        same = len({p.question for p in found}) == 1 and len({p.answer for p in found} - {None}) < 2
+        first = {p.passages: p for p in reversed(found)}
+        for place in found if len(found) > 1 else ():
+            if not same or first[place.passages] is not place:
+                duplicate = _Duplicate(identity, place.title, IDENTICAL if same else CONFLICTING)
+                drop.setdefault(place.shard, {})[place.row] = duplicate
     return drop
 
 
 def _read_column(staging: Path, number: int, column: str, table: str = "questions") -> list:
-    return [value for batch in _read(shard_path(staging, number, table)) for value in batch.column(column).to_pylist()]
+    return list(_iterate_column(staging, number, column, table))
+
+
+def _iterate_column(staging: Path, number: int, column: str, table: str) -> Iterator:
+    for batch in _read(shard_path(staging, number, table)):
+        yield from batch.column(column).to_pylist()
+
+
+def _read_rows(staging: Path, number: int, rows: Sequence[int]) -> Iterator[dict]:
+    """What tells questions with the same id apart, of the given rows (ascending)."""
+    names = ["id", "question_key", "answer_key", "answered", "article", "gold", "negatives"]
+    start, wanted = 0, np.array(rows, np.int64)
+    for batch in _read(shard_path(staging, number, "questions")):
+        own = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
+        start += batch.num_rows
+        if len(own):
+            yield from _take(batch.select(names), own).to_pylist()
 
 
 def _join(
@@ -123,8 +156,11 @@ def _shift(column: pa.Array, by: int) -> pa.Array:
 
 
 def _without(batch: pa.RecordBatch, rows: list[int]) -> pa.RecordBatch:
-    keep = np.setdiff1d(np.arange(batch.num_rows), rows)
-    return batch.take(pa.Array.from_buffers(pa.int64(), len(keep), [None, pa.py_buffer(keep)]))
+    return _take(batch, np.setdiff1d(np.arange(batch.num_rows), rows))
+
+
+def _take(batch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
+    return batch.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
 
 
 def _read(path: Path) -> Iterator[pa.RecordBatch]:

@@ -7,13 +7,13 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from koret.data.korquad import Answer, Article, Question, Reject, looks_like_html
+from koret.data.korquad import REPEATED, Answer, Article, Question, Reject, looks_like_html
 from koret.data.markup import clean_html_text
 from koret.data.sources import DOCUMENT_SUFFIXES, DataError, Source, natural_key, open_source
 
@@ -25,6 +25,7 @@ ANSWER = ("answer", "answers")
 ARTICLE = ("article", "title")
 FIELDS = ("id", "url", *QUERY, *POSITIVE, *NEGATIVE, *ANSWER, *ARTICLE)
 
+_Line = tuple[str, int]  # file of a folder, line number
 Numbered = tuple[int, "dict[str, Any] | str"]  # line or row number, and the record or what is wrong with it
 
 
@@ -42,10 +43,10 @@ class Reader:
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def reject(self, number: int, reason: str, identity: str = "", file: str = "", is_article: bool = False) -> Reject:
+    def reject(self, number: int, reason: str, identity: str = "", file: str = "", **kind: bool) -> Reject:
         """A record that cannot be used; ``file`` is the one of a folder's files it stands in."""
         name = self.name_file(file) if file else self.source.name
-        return Reject(name, reason, number, id=identity, is_article=is_article)
+        return Reject(name, reason, number, id=identity, **kind)
 
     def name_file(self, file: str) -> str:
         """A file of a folder, relative to what the user named as every source is."""
@@ -228,11 +229,16 @@ class TableReader(PairReader):
         line = 1
         try:
             with open(self.source.path, encoding="utf-8-sig", newline="") as file:
-                rows = csv.DictReader(self._refuse_nulls(file), delimiter=delimiter, restkey="", strict=True)
+                rows = csv.DictReader(self._refuse_nulls(file), delimiter=delimiter, strict=True)
                 self._check_columns(rows.fieldnames or [])
                 line = rows.line_num + 1
                 for row in rows:
-                    yield rows.line_num, row
+                    try:
+                        _check_cells(row, delimiter)
+                    except ValueError as error:
+                        yield rows.line_num, str(error)
+                    else:
+                        yield rows.line_num, row
                     line = rows.line_num + 1
         except UnicodeDecodeError as error:
             raise DataError(f"{self.source.name} is not UTF-8 ({error.reason}): save it as CSV UTF-8") from None
@@ -269,6 +275,18 @@ class TableReader(PairReader):
                     f"{self.source.name} needs a column named {' or '.join(wanted)}; "
                     f"it has {', '.join(names) or 'none'}"
                 )
+        twice = [name for name in FIELDS if names.count(name) > 1]
+        if twice:
+            raise DataError(f"{self.source.name} has two columns named {twice[0]}: rename or remove one of them")
+
+
+def _check_cells(row: dict[str | None, Any], delimiter: str) -> None:
+    """Raise ValueError where a row has more or fewer cells than there are columns."""
+    if None in row:
+        held = "tab" if delimiter == "\t" else "comma"
+        raise ValueError(f"more cells than columns: put a cell that holds a {held} into quotes")
+    if None in row.values():
+        raise ValueError("fewer cells than columns: leave a cell empty where there is nothing to say")
 
 
 class BeirReader(Reader):
@@ -285,17 +303,30 @@ class BeirReader(Reader):
             if isinstance(record, str) or not isinstance(record.get("text"), str) or "_id" not in record:
                 yield self.reject(number, "a document without '_id' and 'text'", file="corpus.jsonl", is_article=True)
                 continue
-            title = str(record.get("title") or "").strip()
-            documents[str(record["_id"])] = title, f"{title}\n{record['text']}" if title else record["text"]
-        relevant = self._read_relevant()
+            identity, title = str(record["_id"]), str(record.get("title") or "").strip()
+            document = title, f"{title}\n{record['text']}" if title else record["text"]
+            if documents.setdefault(identity, document) is not document:
+                same = documents[identity] == document
+                reason = REPEATED if same else "another document has this '_id': the first is kept"
+                yield self.reject(number, reason, identity, "corpus.jsonl", is_article=True)
+        relevant: dict[str, dict[str, _Line]] = {}
+        yield from self._read_relevant(relevant, documents)
         owner = {document: document for document in documents}
         asked: dict[str, list[tuple[str, str, list[str]]]] = {}
+        queries: dict[str, str | None] = {}  # None: no text
         for number, record in self._read("queries.jsonl"):
             identity = "" if isinstance(record, str) else str(record.get("_id", ""))
             text = "" if isinstance(record, str) else record.get("text")
             found = [document for document in relevant.get(identity, ()) if document in documents]
             if not identity or not isinstance(text, str) or not text.strip():
+                queries.setdefault(identity, None)
                 yield self.reject(number, "a query without '_id' and 'text'", identity, "queries.jsonl")
+                continue
+            text = text.strip()
+            queries[identity] = queries.get(identity) or text
+            if queries[identity] != text:
+                reason = "another query has this '_id': the first is kept"
+                yield self.reject(number, reason, identity, "queries.jsonl")
                 continue
             if not found:
                 yield self.reject(number, "no relevant document in the corpus", identity, "queries.jsonl")
@@ -303,7 +334,8 @@ class BeirReader(Reader):
             root = _find_root(owner, found[0])
             for document in found[1:]:
                 owner[_find_root(owner, document)] = root
-            asked.setdefault(found[0], []).append((identity, text.strip(), found))
+            asked.setdefault(found[0], []).append((identity, text, found))
+        yield from self._list_unasked(relevant, documents, queries)
         groups: dict[str, list[str]] = {}
         for document in documents:
             groups.setdefault(_find_root(owner, document), []).append(document)
@@ -325,16 +357,42 @@ class BeirReader(Reader):
         with open(self.source.path / name, "rb") as file:
             yield from read_json_lines(file, self.name_file(name))
 
-    def _read_relevant(self) -> dict[str, list[str]]:
-        relevant: dict[str, list[str]] = {}
+    def _read_relevant(self, relevant: dict[str, dict[str, _Line]], documents: Container[str]) -> Iterator[Reject]:
+        """Fill ``relevant``: query -> document -> where that is said. Yields what cannot be used."""
         for path in sorted((self.source.path / "qrels").glob("*.tsv")):
-            for line in path.read_text(encoding="utf-8-sig").splitlines():
-                parts = line.split("\t")
-                if len(parts) >= 3 and re.fullmatch(r"-?\d+(\.\d+)?", parts[-1].strip()) and float(parts[-1]) > 0:
-                    relevant.setdefault(parts[0], []).append(parts[-2])
+            file = f"qrels/{path.name}"
+            for number, parts in self._read_judgements(path, file):
+                if len(parts) < 3 or not re.fullmatch(r"-?\d+(\.\d+)?", parts[-1].strip()):
+                    reason = "a judgement that is not query-id, corpus-id, score with tabs between"
+                    yield self.reject(number, reason, f"{file}:{number}", file)
+                elif float(parts[-1]) > 0:
+                    relevant.setdefault(parts[0], {}).setdefault(parts[-2], (file, number))
+                    if parts[-2] not in documents:
+                        reason = f"a judgement of a document that is not in corpus.jsonl: {parts[-2]}"
+                        yield self.reject(number, reason, parts[0], file, is_part=True)
         if not relevant:
             raise DataError(f"{self.name_file('qrels')} holds no .tsv with lines of query-id, corpus-id, score")
-        return {query: list(dict.fromkeys(found)) for query, found in relevant.items()}
+
+    def _read_judgements(self, path: Path, file: str) -> Iterator[tuple[int, list[str]]]:
+        """(line number, cells) of every line that is neither blank nor the header."""
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.name_file(file)} is not UTF-8 (byte {error.start}): convert it") from None
+        for number, line in enumerate(lines, 1):
+            parts = line.split("\t")
+            if line.strip() and not (number == 1 and parts[-1].strip() == "score"):
+                yield number, parts
+
+    def _list_unasked(
+        self, relevant: dict[str, dict[str, _Line]], documents: Container[str], queries: Container[str]
+    ) -> Iterator[Reject]:
+        """The judgements of queries that do not exist."""
+        for query in relevant:
+            for document, (file, number) in relevant[query].items() if query not in queries else ():
+                if document in documents:
+                    reason = f"a judgement of a query that is not in queries.jsonl: {query}"
+                    yield self.reject(number, reason, query, file, is_part=True)
 
 
 def _find_root(owner: dict[str, str], document: str) -> str:

@@ -67,6 +67,7 @@ class Reject(msgspec.Struct, frozen=True, gc=False):
     id: str = ""
     questions: int = 0  # questions lost with an article; 0: the reject is one question
     is_article: bool = False
+    is_part: bool = False  # only part of a question, which counts by itself: a judgement, a negative
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -106,6 +107,7 @@ _decode_questions = msgspec.json.Decoder(list[_Question]).decode
 _decode_question = msgspec.json.Decoder(_Question, strict=False).decode
 
 UNANSWERABLE = "unanswerable"
+REPEATED = "duplicate id, identical"
 _MARKUP = re.compile(r"<(?:!doctype|html|body|div|p|table|tr|td|ul|ol|li|h[1-6]|a|b|span|br)\b[^<>]*>", re.I)
 _LONGEST_HEAD, _FARTHEST_ARTICLE = 1 << 16, 64 << 20  # bytes to look ahead for the context of an article, of the next
 _OBJECT = re.compile(rb'\{[ \t\r\n]*"')

@@ -113,7 +113,8 @@ def _make_key(sources: Sequence[Source], ignored: list[tuple[str, str]], setting
     for path in sorted({source.path for source in sources}):
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
             status = file.stat()
-            digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+            name = file.relative_to(path).as_posix() if file != path else file.name
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
             digest.update(_hash_ends(file, status.st_size))
     digest.update(repr(ignored).encode() + msgspec.json.encode(msgspec.structs.replace(settings, tokenizer=None)))
     if settings.tokenizer:
@@ -194,7 +195,7 @@ def _make_parent(folder: Path) -> None:
 
 def _describe(settings: Settings) -> str:
     tokenizer = hashlib.sha256(_read_tokenizer(settings.tokenizer)).hexdigest() if settings.tokenizer else ""
-    return msgspec.json.encode(msgspec.structs.replace(settings, tokenizer=tokenizer)).decode()
+    return msgspec.json.encode(msgspec.structs.replace(settings, tokenizer=tokenizer, strict=False)).decode()
 
 
 @contextmanager

@@ -185,9 +185,13 @@ def build_pairs(
     return _PairBuilder(dataset, np.asarray(articles), positives, mined).build(max_samples, seed)
 
 
-def known_mask(table: PairTable, batch_rows: np.ndarray, batch_target_ids: np.ndarray) -> np.ndarray:
+def known_mask(
+    table: PairTable, batch_rows: np.ndarray, batch_target_ids: np.ndarray, *, same_answer: bool = True
+) -> np.ndarray:
     """(B, M) bool: True where text j is a known positive of pair i, so that it must not be a negative.
 
+    Targets of other questions with the same answer are spared too; without ``same_answer`` they are not, and what is
+    True is right for the question.
     ``batch_rows`` (B,) are pairs, ``batch_target_ids`` (M,) ids of ``table.texts`` (positives and hard negatives of
     the batch). A pair's own target is True as well: the loss keeps that column as the positive. Curated hard
     negatives of pair i are never True in row i.
@@ -199,9 +203,11 @@ def known_mask(table: PairTable, batch_rows: np.ndarray, batch_target_ids: np.nd
         return mask
     for lists, groups, positive in (
         (table.known, table.question_group[batch_rows], True),
-        (table.same_answer, table.answer_group[batch_rows], True),
+        (table.same_answer if same_answer else None, table.answer_group[batch_rows], True),
         (table.negatives, batch_rows, False),
     ):
+        if lists is None:
+            continue
         rows, values = lists.take(groups)
         at = np.minimum(np.searchsorted(ids, values), len(ids) - 1)
         found = ids[at] == values

@@ -9,10 +9,11 @@ from pathlib import Path
 from unicodedata import is_normalized
 
 import msgspec
+import pyarrow as pa
 
 from koret.data.answers import Unlocated, classify_answer, clean_and_map, find_answer, find_quoted
 from koret.data.keys import fold_text, normalize_answer, text_key
-from koret.data.korquad import Answer, Article, ArticleReader, Question, Reject
+from koret.data.korquad import Answer, Article, ArticleReader, Question, Reject, looks_like_html
 from koret.data.markup import Span, clean_html_text, normalize_text
 from koret.data.native import scan
 from koret.data.passages import Passage, TokenCounter, estimate_tokens, find_gold, make_token_counter, split_article
@@ -20,6 +21,7 @@ from koret.data.sources import Source
 from koret.data.tables import ARTICLES, PASSAGES, QUESTIONS, TableWriter
 
 SHARDS = {"articles": ARTICLES, "passages": PASSAGES, "questions": QUESTIONS}
+SHARD_QUESTIONS = QUESTIONS.append(pa.field("answered", pa.bool_()))  # whether the source gives the answer
 LEAST_KNOWN = 2  # characters of a normalised answer that make other passages with it known positives
 
 
@@ -84,7 +86,8 @@ class _Preparation:
     def run(self) -> SourceReport:
         started = time.perf_counter()
         self.tables = {
-            name: TableWriter(shard_path(self.folder, self.number, name), schema) for name, schema in SHARDS.items()
+            name: TableWriter(shard_path(self.folder, self.number, name), schema)
+            for name, schema in (SHARDS | {"questions": SHARD_QUESTIONS}).items()
         }
         reader = open_records(self.source, self.settings.strict)
         with open(shard_path(self.folder, self.number, "rejects"), "wb") as self.rejects:
@@ -102,11 +105,11 @@ class _Preparation:
         """Account for a record that the reader could not use."""
         self.report.articles_seen += record.is_article
         self.report.articles_rejected += record.is_article
-        self.report.questions_seen += record.questions if record.is_article else 1
+        self.report.questions_seen += _count_questions(record)
         self.reject(record)
 
     def reject(self, record: Reject) -> None:
-        lost = record.questions if record.is_article else 1
+        lost = _count_questions(record)
         self.report.questions_rejected += lost
         self.reasons[record.reason.partition(":")[0]] += max(lost, 1)
         path, _, member = record.source.partition("!")
@@ -127,9 +130,12 @@ class _Preparation:
             (article.title, article.url, article.source, first, len(rows.passages), rows.characters, article.html)
         )
         add_passage, tokens_known = self.tables["passages"].append, self.settings.tokenizer is not None
-        for p in rows.passages:
+        for p, key in zip(rows.passages, rows.keys, strict=True):
             tokens = p.tokens if tokens_known else -1
-            add_passage((number, p.heading, p.text, p.start, p.end, tokens, text_key(p.text)), len(p.text))
+            add_passage((number, p.heading, p.text, p.start, p.end, tokens, key), len(p.text))
+        for identity in rows.blank_negatives:
+            reason = "a negative is empty once cleaned"
+            self.reject(Reject(article.source, reason, article.position, article.title, identity, is_part=True))
         for question, placed in rows.place_questions():
             if isinstance(placed, str):
                 self.reject(Reject(article.source, placed, article.position, article.title, question.id))
@@ -151,9 +157,14 @@ class _Preparation:
                     text_key(question.text),
                     text_key(normalize_answer(placed.answers[0])),
                     *placed.span,
+                    bool(question.answers),
                 ),
                 sum(map(len, placed.answers)),
             )
+
+
+def _count_questions(record: Reject) -> int:
+    return record.questions if record.is_article else int(not record.is_part)
 
 
 class _Placed(msgspec.Struct):
@@ -198,10 +209,31 @@ class _ArticleRows:
             self.groups.append(list(range(len(self.passages), len(self.passages) + len(made))))
             self.passages += made
         self.own = len(self.passages)  # the rest are hard negatives
-        self._negative_numbers: dict[str, int] = {}
-        for text in dict.fromkeys(text for question in article.questions for text in question.negatives):
-            self._negative_numbers[text] = len(self.passages)
-            self.passages.append(Passage("", text, 0, len(text), count_tokens([text])[0]))
+        self._negative_numbers: dict[str, list[int]] = {}  # a negative as given -> its passages
+        self._add_negatives(settings, count_tokens)
+        self.keys = [text_key(passage.text) for passage in self.passages]
+
+    @property
+    def blank_negatives(self) -> list[str]:
+        """The id of a question for every negative of it of which cleaning leaves nothing."""
+        return [q.id for q in self.article.questions for text in q.negatives if not self._negative_numbers[text]]
+
+    def _add_negatives(self, settings: Settings, count_tokens: TokenCounter) -> None:
+        """Clean and cut hard negatives as positives are, so that a text is the same in either place."""
+        is_markup = self.article.html and not self.article.is_clean
+        numbers: dict[tuple[str, bool], list[int]] = {}
+        for given in dict.fromkeys(text for question in self.article.questions for text in question.negatives):
+            is_page = is_markup or looks_like_html(given)
+            text = clean_html_text(given) if is_page else normalize_text(given)
+            html = is_page or self.article.html
+            if (text, html) not in numbers:
+                budget = settings.page_tokens if html else settings.paragraph_tokens
+                made = split_article(
+                    "", text, html=html, budget=budget, count_tokens=count_tokens, overlap=settings.overlap
+                )
+                numbers[text, html] = list(range(len(self.passages), len(self.passages) + len(made)))
+                self.passages += made
+            self._negative_numbers[given] = numbers[text, html]
 
     def place_questions(self) -> Iterable[tuple[Question, _Placed | str]]:
         """Every question with its place, or with the reason why it has none."""
@@ -288,8 +320,11 @@ class _ArticleRows:
         return sorted(known)
 
     def _list_negatives(self, question: Question, known: list[int]) -> list[int]:
-        positive = {self.passages[i].text for i in known}
-        return [self._negative_numbers[text] for text in dict.fromkeys(question.negatives) if text not in positive]
+        if not question.negatives:
+            return []
+        positive = {self.keys[i] for i in known}
+        found = dict.fromkeys(i for text in question.negatives for i in self._negative_numbers[text])
+        return [i for i in found if self.keys[i] not in positive]
 
 
 def _fold_all(texts: list[str], is_clean: bool) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +68,29 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """All findings over all evaluated sets; clean when nothing is shared."""
+    """All findings over all evaluated sets; clean when everything was compared and nothing is shared.
+
+    ``unknown`` are the models whose training could not be compared: name -> reason, '' where they are no runs.
+    """
 
     training: str
     findings: list[Finding]
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def clean(self) -> bool:
-        return not any(finding.same or finding.near for finding in self.findings)
+    def clean(self) -> bool | None:
+        """None: nothing shared was found, but not everything was compared."""
+        if any(finding.same or finding.near for finding in self.findings):
+            return False
+        return True if self.findings and not self.unknown else None
 
     @property
     def sentence(self) -> str:
+        if self.clean is None:
+            models = (self.unknown or {"this model": ""}).items()
+            listed = [f"{name} was trained on is not known here" + (why and f" ({why})") for name, why in models]
+            missing = "no whole leakage audit" if self.findings else "no leakage audit"
+            return f"What {'; what '.join(listed)}, so these numbers cannot be called clean ({missing})."
         if self.clean:
             return f"Clean: training has seen none of {self._list(lambda f: f'{f.checked:,} {f.what}', self.findings)}."
         shared = [finding for finding in self.findings if finding.same or finding.near]
@@ -93,7 +105,7 @@ class Audit:
         return "; ".join(f"{', '.join(describe(f) for f in findings if f.where == where)} of {where}" for where in sets)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"training": self.training, "clean": self.clean, "sentence": self.sentence,
+        return {"training": self.training, "clean": self.clean, "sentence": self.sentence, "unknown": {**self.unknown},
                 "findings": [finding.to_dict() for finding in self.findings]}  # fmt: skip
 
 
@@ -128,6 +140,22 @@ def take_training(dataset: Dataset, articles: np.ndarray, name: str = "training"
         name,
         titles=[title for title in dataset.articles.column("title").take(pa.array(articles)).to_pylist() if title],
         questions=dataset.questions.column("text").filter(pa.array(asked)).to_pylist(),
+        batches=Batches(),
+    )
+
+
+def merge_texts(sides: Sequence[Texts]) -> Texts:
+    """Several sides as one."""
+
+    class Batches:
+        def __iter__(self) -> Iterator[list[str]]:
+            for side in sides:
+                yield from side.read_passages()
+
+    return Texts(
+        " and ".join(dict.fromkeys(side.name for side in sides)),
+        titles=[title for side in sides for title in side.titles],
+        questions=[question for side in sides for question in side.questions],
         batches=Batches(),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ def read_beir(folder: str | Path, split: str | None = None) -> RetrievalTask:
     """
     folder = Path(folder)
     qrels_file = _choose_qrels(folder, split)
-    corpus = {_read_id(r, at): _join_title(r, at) for r, at in _read_jsonl(folder / "corpus.jsonl")}
-    queries = {_read_id(r, at): _read_text(r, at) for r, at in _read_jsonl(folder / "queries.jsonl")}
+    corpus = _read_texts(folder / "corpus.jsonl", _join_title)
+    queries = _read_texts(folder / "queries.jsonl", _read_text)
     rows = {id_: row for row, id_ in enumerate(corpus)}
     judged: dict[str, set[int]] = {}
     unknown: dict[str, list[str]] = {"query": [], "corpus": []}
@@ -92,6 +92,16 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 if not isinstance(record, dict):
                     raise ValueError(f"{at} must be an object with _id and text, not {type(record).__name__}")
                 yield record, at
+
+
+def _read_texts(path: Path, read: Callable[[dict[str, Any], str], str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for record, at in _read_jsonl(path):
+        identity = _read_id(record, at)
+        if identity in texts:
+            raise ValueError(f"{at} has the _id {identity!r} of a line before it")
+        texts[identity] = read(record, at)
+    return texts
 
 
 def _read_id(record: dict[str, Any], at: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from koret.evaluation.evaluator import Encoder, Evaluator, open_encoder
 from koret.evaluation.metrics import PRIMARY, mark_hits
 from koret.evaluation.scores import Scores, Verdict, judge
-from koret.evaluation.selection import find_runs, open_data, select_questions
+from koret.evaluation.selection import find_trained, open_data, select_questions
 from koret.evaluation.tasks import Kind, RetrievalTask
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Comparison:
     query_ids: list[str]
     values: tuple[np.ndarray, np.ndarray]  # (Q,) of A and of B
     scores: tuple[Scores, Scores]
+    cleanness: str = ""  # what the leakage audit says; "" without one
 
     def to_dict(self) -> dict[str, Any]:
         a, b = self.values
@@ -60,6 +61,7 @@ class Comparison:
             "losses": self.losses,
             "ties": self.ties,
             "verdict": self.verdict.to_dict(),
+            "cleanness": self.cleanness or None,
             "metrics": {name: s.metrics for name, s in zip(("a", "b"), self.scores, strict=True)},
             "gains": [asdict(move) for move in self.gains],
             "drops": [asdict(move) for move in self.drops],
@@ -84,16 +86,18 @@ def compare_models(
 ) -> Comparison:
     """Compare two models on a data set; arguments as for ``evaluator.evaluate``.
 
-    With ``split`` 'auto', models trained on this data are asked what all of them held out.
+    With ``split`` 'auto', models trained on this data are asked what all of them held out. ``cleanness`` says whether
+    training has seen the questions; ``model_a``, as a baseline, may be one that was not trained.
     """
     names = _tell_apart(model_a, model_b)
     a, b = open_encoder(model_a, max_seq_length), open_encoder(model_b, max_seq_length)
-    trained = find_runs(model_b, model_a)
+    scored = find_trained(model_b, model_a)
     chosen = select_questions(
-        *open_data(dataset_root, b.encoder, trained, progress=progress, **loading),
-        trained=trained, kinds=(kind,), split=split, max_queries=max_queries,
+        *open_data(dataset_root, b.encoder, scored["trained"], progress=progress, **loading),
+        **scored, kinds=(kind,), split=split, max_queries=max_queries,
     )  # fmt: skip
-    return compare(a, b, chosen.tasks[0], names=names, moves=moves, progress=progress)
+    found = compare(a, b, chosen.tasks[0], names=names, moves=moves, progress=progress)
+    return replace(found, cleanness=chosen.audit().sentence)
 
 
 def compare(

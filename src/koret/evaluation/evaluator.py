@@ -16,9 +16,9 @@ from koret.evaluation.metrics import DEPTH, KS, PRIMARY, compute_metrics
 from koret.evaluation.probes import run_probes
 from koret.evaluation.report import EvaluationReport, Section, build_section
 from koret.evaluation.scores import Scores
-from koret.evaluation.selection import find_runs, open_data, select_questions
+from koret.evaluation.selection import find_trained, open_data, select_questions
 from koret.evaluation.slices import label_queries
-from koret.evaluation.tasks import Kind, RetrievalTask
+from koret.evaluation.tasks import Kind, RetrievalTask, name_apart
 from koret.retrieval.exact import find_top_k
 from koret.retrieval.lexical import LexicalIndex, Tokenizer, fuse_ranks, fuse_scores
 
@@ -239,15 +239,15 @@ def evaluate(
     The report's ``verdict`` is '' without a baseline. Raises ValueError or FileNotFoundError saying what is wrong.
     """
     start = time.perf_counter()
-    trained = find_runs(model, baseline)
+    scored = find_trained(model, baseline)
     encoders = {"model": open_encoder(model, max_seq_length)}
     if baseline is not None:
         encoders["base"] = open_encoder(baseline, max_seq_length)
     chosen = select_questions(
-        *open_data(dataset_root, encoders["model"].encoder, trained, progress=progress, **loading),
-        trained=trained, kinds=kinds, split=split, max_queries=max_queries,
+        *open_data(dataset_root, encoders["model"].encoder, scored["trained"], progress=progress, **loading),
+        **scored, kinds=kinds, split=split, max_queries=max_queries,
     )  # fmt: skip
-    others = [read_beir(folder) for folder in extra]
+    others = name_apart([*chosen.tasks, *(read_beir(folder) for folder in extra)])[len(chosen.tasks) :]
     loaded = time.perf_counter()
     tokenizers = (("bigram", "kiwi") if bm25 else ()) if isinstance(bm25, bool) else tuple(bm25)
     sections = [

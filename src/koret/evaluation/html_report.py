@@ -10,7 +10,7 @@ from pathlib import Path
 
 from koret.evaluation.comparison import Move, compare_scores
 from koret.evaluation.metrics import PRIMARY
-from koret.evaluation.report import EvaluationReport, Section, make_name
+from koret.evaluation.report import EvaluationReport, Section
 from koret.evaluation.scores import format_gap, label
 from koret.evaluation.significance import Difference, Interval
 
@@ -50,12 +50,13 @@ def render_html(report: EvaluationReport, pictures: Mapping[str, str]) -> str:
             f"{escape(report.conclusion)}</div>"
         )
     parts.append(f"<p>{escape(report.cleanness)}</p>")
-    for section in report.sections:
-        parts += _render_section(section, pictures)
+    sections = report.name_sections()
+    for name, section in sections[: len(report.sections)]:
+        parts += _render_section(name, section, pictures)
     if report.extra:
         parts.append("<h2>Elsewhere</h2><p class=soft>Sets that must not get worse.</p>")
-        for section in report.extra:
-            parts += _render_section(section, pictures)
+        for name, section in sections[len(report.sections) :]:
+            parts += _render_section(name, section, pictures)
     parts += _render_audit(report)
     body = "\n".join(parts)
     return (
@@ -74,7 +75,7 @@ def _describe_data(report: EvaluationReport) -> str:
     )
 
 
-def _render_section(section: Section, pictures: Mapping[str, str]) -> Iterator[str]:
+def _render_section(name: str, section: Section, pictures: Mapping[str, str]) -> Iterator[str]:
     task = section.task
     yield f"<h2>{escape(task.name)}</h2>"
     yield (
@@ -84,7 +85,7 @@ def _render_section(section: Section, pictures: Mapping[str, str]) -> Iterator[s
     yield from (f"<p>{escape(line)}</p>" for line in section.lines)
     yield _render_scores(section)
     for kind in ("scores", "recall", "moves", "slices"):
-        picture = pictures.get(f"{kind}-{make_name(task.name)}")
+        picture = pictures.get(f"{kind}-{name}")
         if picture is not None:
             yield f"<figure>{_inline(picture, f'{kind}: {task.name}')}</figure>"
     yield from _render_slices(section)
@@ -172,7 +173,7 @@ def _render_move(move: Move) -> str:
 
 
 def _render_audit(report: EvaluationReport) -> Iterator[str]:
-    if report.audit is None:
+    if report.audit is None or not report.audit.findings:
         return
     yield "<h2>Leakage audit</h2>"
     yield f"<p class=soft>Against {escape(report.audit.training)}.</p>"

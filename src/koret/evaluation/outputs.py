@@ -33,8 +33,8 @@ def save_report(report: EvaluationReport, folder: str | Path, *, figures: bool =
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", scrub(report.to_dict()))
     files = [folder / "report.json"]
-    for section in (*report.sections, *report.extra):
-        files.append(save_queries(section.task, section.scores, folder))
+    for name, section in report.name_sections():
+        files.append(save_queries(section.task, section.scores, folder, name))
     if figures:
         pictures = save_plots(report, folder)
         files += [folder / f"{name}.{ending}" for name in pictures for ending in ("png", "svg")]
@@ -43,11 +43,11 @@ def save_report(report: EvaluationReport, folder: str | Path, *, figures: bool =
     return files
 
 
-def save_queries(task: RetrievalTask, systems: Sequence[Scores], folder: Path) -> Path:
-    """queries-<task>.jsonl: per query its text, right texts, and for each system its metrics, first right rank and
+def save_queries(task: RetrievalTask, systems: Sequence[Scores], folder: Path, name: str) -> Path:
+    """queries-<name>.jsonl: per query its text, right texts, and for each system its metrics, first right rank and
     first ten results.
     """
-    path = folder / f"queries-{make_name(task.name)}.jsonl"
+    path = folder / f"queries-{name}.jsonl"
     lines = [json.dumps(record, ensure_ascii=False) for record in describe_queries(task, systems)]
     write_file(path, ("\n".join(lines) + "\n").encode())
     return path
@@ -83,8 +83,8 @@ def save_trec(report: EvaluationReport, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for section in (*report.sections, *report.extra):
-        task, name = section.task, make_name(section.task.name)
+    for name, section in report.name_sections():
+        task = section.task
         ids = [_make_token(id_) for id_ in task.query_ids], [_make_token(id_) for id_ in task.corpus_ids]
         qrels = folder / f"{name}.qrels"
         lines = [f"{q} 0 {ids[1][row]} 1" for q, rows in zip(ids[0], task.relevant, strict=True) for row in rows]

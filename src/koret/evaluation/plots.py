@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from koret.evaluation.metrics import PRIMARY
-from koret.evaluation.report import EvaluationReport, Row, Section, make_name
+from koret.evaluation.report import EvaluationReport, Row, Section
 from koret.evaluation.scores import label
 from koret.evaluation.significance import Interval
 from koret.figures import BLUE, GRAY, INK, ORANGE, RULE, make_figure, save_figure
@@ -40,7 +40,7 @@ def save_plots(report: EvaluationReport, folder: str | Path) -> dict[str, str]:
 
 def draw_report(report: EvaluationReport) -> Iterator[tuple[str, Figure]]:
     """(file name without ending, figure) of every picture the report has numbers for."""
-    for section in (*report.sections, *report.extra):
+    for name, section in report.name_sections():
         kinds: tuple[tuple[str, Callable[[Section], Figure | None]], ...] = (
             ("scores", draw_scores),
             ("recall", draw_recall),
@@ -50,7 +50,7 @@ def draw_report(report: EvaluationReport) -> Iterator[tuple[str, Figure]]:
         for kind, draw in kinds:
             figure = draw(section)
             if figure is not None:
-                yield f"{kind}-{make_name(section.task.name)}", figure
+                yield f"{kind}-{name}", figure
 
 
 def draw_scores(section: Section) -> Figure:

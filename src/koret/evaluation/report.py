@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from koret.evaluation.audit import Audit
 from koret.evaluation.metrics import PRIMARY, measure_recall_curve
 from koret.evaluation.scores import Scores, Verdict, format_gap, judge, label
 from koret.evaluation.significance import Difference, Interval, bootstrap_intervals, compare_paired
 from koret.evaluation.slices import Slice, measure_slices
-from koret.evaluation.tasks import RetrievalTask
+from koret.evaluation.tasks import RetrievalTask, make_distinct
 
 if TYPE_CHECKING:
-    from koret.evaluation.audit import Audit
     from koret.evaluation.probes import Probe
 
 _NOT_PLAIN = re.compile(r"[^0-9A-Za-z가-힣]+")
@@ -128,12 +128,12 @@ class EvaluationReport:
     @property
     def cleanness(self) -> str:
         """What the leakage audit allows to be said about these numbers."""
-        if self.audit is None:
-            return (
-                "What this model was trained on is not known here, so these numbers cannot be called clean "
-                "(no leakage audit)."
-            )
-        return self.audit.sentence
+        return (self.audit or Audit("", [])).sentence
+
+    def name_sections(self) -> list[tuple[str, Section]]:
+        """Every section with the name its files have, unlike those of the others."""
+        sections = [*self.sections, *self.extra]
+        return list(zip(make_distinct([make_name(s.task.name) for s in sections], "-"), sections, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from koret import runs
 from koret.config import TrainingConfig
 from koret.data.loader import Dataset, find_cache_dir, load_dataset
 from koret.data.pairs import split_articles
-from koret.evaluation.audit import Audit, Texts, audit_overlap, take_evaluated, take_task, take_training
+from koret.evaluation.audit import Audit, Texts, audit_overlap, merge_texts, take_evaluated, take_task, take_training
 from koret.evaluation.tasks import Kind, RetrievalTask, build_held_out_tasks
 
 SPLITS = ("auto", "all", "held-out")
@@ -22,20 +22,22 @@ SPLITS = ("auto", "all", "held-out")
 
 @dataclass(frozen=True)
 class Selection:
-    """The tasks, how their questions were chosen, and the training side where it is known."""
+    """The tasks, how their questions were chosen, and the training side as far as it is known."""
 
     dataset: Dataset
     tasks: list[RetrievalTask]
     split: str  # all | held-out
     asked: np.ndarray  # rows of the articles asked about
-    training: Texts | None  # what the model was trained on; None: not known
+    training: Texts | None  # what the models were trained on; None: not known
+    unknown: Mapping[str, str] = field(default_factory=dict)  # models whose training is not in it -> why, or ''
 
-    def audit(self, extra: Sequence[RetrievalTask] = ()) -> Audit | None:
-        """Leakage from training into the questions and the extra sets; None where training is not known."""
+    def audit(self, extra: Sequence[RetrievalTask] = ()) -> Audit:
+        """Leakage from training into the questions and the extra sets; without findings where nothing is known."""
         if self.training is None:
-            return None
+            return Audit("", [], self.unknown)
         name = "the held-out articles" if self.split == "held-out" else "the data set"
-        return audit_overlap(self.training, [take_evaluated(self.dataset, self.asked, name), *map(take_task, extra)])
+        found = audit_overlap(self.training, [take_evaluated(self.dataset, self.asked, name), *map(take_task, extra)])
+        return replace(found, unknown=self.unknown)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -50,19 +52,21 @@ class Selection:
 
 def select_questions(
     dataset: Dataset,
-    training_data: Dataset | None = None,
+    training_data: Mapping[str, Dataset | str] | None = None,
     *,
     trained: Sequence[runs.Run] = (),
+    unknown: Sequence[str] = (),
     kinds: Sequence[Kind] = ("passage", "answer"),
     split: str = "auto",
     max_queries: int | None = None,
 ) -> Selection:
     """Choose the questions of ``dataset`` and build the tasks.
 
-    ``trained`` are the runs the models come from, ``training_data`` what the first was trained on when that is another
-    data set. ``auto`` asks what the runs trained on ``dataset`` held out (all of them, when there are several), else
-    every question. ``held-out`` without such a run uses the default split. Raises ValueError for an unknown split,
-    ``max_queries`` below 1, or when the runs held out no article in common.
+    ``trained`` are the runs the models come from, ``unknown`` names the models that come from none, ``training_data``
+    is what ``open_data`` gave for the runs trained on other data sets. ``auto`` asks what the runs trained on
+    ``dataset`` held out (all of them, when there are several), else every question. ``held-out`` without such a run
+    uses the default split. Raises ValueError for an unknown split, ``max_queries`` below 1, or when the runs held out
+    no article in common.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -77,51 +81,111 @@ def select_questions(
         train, held_out = np.union1d(train, theirs), np.intersect1d(held_out, kept)
     if not len(held_out):
         raise ValueError("the runs were trained with different splits and held out no article in common")
-    training = take_training(dataset, train, "the runs' training articles") if own else None
-    if training is None and trained and training_data is not None:
-        config = TrainingConfig(**trained[0].config)
-        theirs, _ = split_articles(training_data, config.train_split, config.seed)
-        training = take_training(training_data, theirs, f"training articles of {Path(config.dataset_root).name}")
+    sides = [take_training(dataset, train, "the runs' training articles")] if own else []
+    reasons = dict.fromkeys(unknown, "")
+    for run in (run for run in trained if run.data.get("fingerprint") != dataset.fingerprint):
+        data = (training_data or {}).get(run.data.get("fingerprint", ""), "")
+        if isinstance(data, str):
+            reasons[run.name] = data
+            continue
+        config = TrainingConfig(**run.config)
+        theirs, _ = split_articles(data, config.train_split, config.seed)
+        sides.append(take_training(data, theirs, f"training articles of {Path(config.dataset_root).name}"))
+    training = merge_texts(sides) if sides else None
     split = "held-out" if split == "held-out" or (split == "auto" and own) else "all"
     if split == "all":
         train, held_out = everything[:0], everything
     tasks = build_held_out_tasks(
         dataset, train, held_out, kinds, corpus_size=settings.eval_corpus_size, samples=max_queries, seed=settings.seed
     )
-    return Selection(dataset, tasks, split, held_out, training)
+    return Selection(dataset, tasks, split, held_out, training, reasons)
 
 
 def open_data(
     source: str | Path | Dataset, encoder: Any, trained: Sequence[runs.Run] = (), **loading: Any
-) -> tuple[Dataset, Dataset | None]:
-    """The data set to ask about, and what the first run was trained on where that is another set and still there.
+) -> tuple[Dataset, dict[str, Dataset | str]]:
+    """The data set to ask about, and by fingerprint what the runs trained on others were trained on.
 
-    Pages are cut into passages as that run cut them, else to the encoder's length by its tokens. ``loading`` goes to
-    ``load_dataset``.
+    In place of one that is gone or changed stands what is wrong with it. Pages are cut into passages as the first run
+    cut them, else to the encoder's length by its tokens. ``loading`` goes to ``load_dataset``.
     """
     if not isinstance(source, (str, Path)):
-        return source, None
+        return source, {}
     settings: dict[str, Any] = {"max_seq_length": getattr(encoder, "max_seq_length", 256), **loading}
-    if hasattr(encoder, "export_tokenizer"):
-        settings["tokenizer"] = encoder.export_tokenizer(find_cache_dir(loading.get("cache_dir")) / "tokenizers")
-    if trained:
-        config = TrainingConfig(**trained[0].config)
-        settings |= {"max_seq_length": config.max_seq_length, "passage_tokens": config.passage_tokens}
-        settings["overlap"] = config.passage_overlap
-    dataset = load_dataset(source, **settings)
-    if not trained or trained[0].data.get("fingerprint") == dataset.fingerprint:
-        return dataset, None
-    try:
-        return dataset, load_dataset(config.dataset_root, **{**settings, "max_bad": config.max_bad})
-    except (FileNotFoundError, ValueError):
-        return dataset, None
+    settings |= _name_tokenizer(encoder, loading)
+    dataset = load_dataset(source, **settings | (_list_cuts(trained[0]) if trained else {}))
+    others: dict[str, Dataset | str] = {}
+    for run in trained:
+        fingerprint = run.data.get("fingerprint", "")
+        if fingerprint != dataset.fingerprint and not isinstance(others.get(fingerprint), Dataset):
+            others[fingerprint] = _open_training(run, settings, first=run is trained[0])
+    return dataset, others
+
+
+def _list_cuts(run: runs.Run) -> dict[str, Any]:
+    """How the run cut its pages."""
+    config = TrainingConfig(**run.config)
+    settings = {"max_seq_length": config.max_seq_length, "passage_tokens": config.passage_tokens}
+    return settings | {"overlap": config.passage_overlap}
+
+
+def _name_tokenizer(encoder: Any, loading: Mapping[str, Any]) -> dict[str, Path]:
+    if not hasattr(encoder, "export_tokenizer"):
+        return {}
+    return {"tokenizer": encoder.export_tokenizer(find_cache_dir(loading.get("cache_dir")) / "tokenizers")}
+
+
+def _open_training(run: runs.Run, settings: Mapping[str, Any], first: bool) -> Dataset | str:
+    """What the run was trained on, if it is still the same, else in words what is wrong with it."""
+    config = TrainingConfig(**run.config)
+    name = Path(config.dataset_root).name
+    tried = []
+    for tokenizer in _list_tokenizers(run, settings, first):
+        if tokenizer in tried:
+            continue
+        tried.append(tokenizer)
+        given = {**settings, **_list_cuts(run), "max_bad": config.max_bad, "tokenizer": tokenizer}
+        try:
+            data = load_dataset(config.dataset_root, **given)
+        except (OSError, ValueError):
+            return f"{name} cannot be read"
+        if data.fingerprint == run.data.get("fingerprint"):
+            return data
+    return f"{name} now gives other data"
+
+
+def _list_tokenizers(run: runs.Run, settings: Mapping[str, Any], first: bool) -> Iterator[Path | None]:
+    """What may have counted the run's tokens: the evaluated model's tokenizer, likely where it is the run's."""
+    if first:
+        yield settings.get("tokenizer")
+    if run.model is not None:
+        from koret.retrieval.encoder import load_encoder
+
+        with contextlib.suppress(OSError, ValueError):
+            yield _name_tokenizer(load_encoder(run.model, device="cpu"), settings).get("tokenizer")
+    yield settings.get("tokenizer")
 
 
 def find_runs(*models: Any) -> list[runs.Run]:
-    """The runs that models named by path or name come from; others are passed over."""
-    found = []
+    """The runs that models named by path or name come from, and those their bases come from; others are passed over."""
+    found: dict[Path, runs.Run] = {}
     for model in models:
-        if isinstance(model, (str, Path)):
-            with contextlib.suppress(FileNotFoundError):
-                found.append(runs.read_run(runs.resolve_model(model)))
-    return found
+        while isinstance(model, (str, Path)):
+            try:
+                run = runs.read_run(runs.resolve_model(model))
+            except FileNotFoundError:
+                break
+            if run.path.resolve() in found:
+                break
+            found[run.path.resolve()], model = run, run.config.get("model_name")
+    return list(found.values())
+
+
+def find_trained(model: Any, baseline: Any = None) -> dict[str, Any]:
+    """``trained`` and ``unknown`` of a scored model and its baseline, for ``select_questions``.
+
+    The model must come from a run for its training to be known. A baseline from none is what has not been trained.
+    """
+    names = [m if isinstance(m, (str, Path)) else getattr(m, "name", None) for m in (model, baseline)]
+    name = Path(str(names[0] or "this model").rstrip("/").removesuffix("/model")).name
+    return {"trained": find_runs(*names), "unknown": [] if find_runs(names[0]) else [name]}

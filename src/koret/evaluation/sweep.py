@@ -7,7 +7,7 @@ gives back what was forgotten. For a merged LoRA model it is the same as scaling
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from koret.evaluation.beir import read_beir
 from koret.evaluation.evaluator import Evaluator
 from koret.evaluation.metrics import PRIMARY
 from koret.evaluation.scores import Scores, Verdict, judge, label
-from koret.evaluation.selection import find_runs, open_data, select_questions
+from koret.evaluation.selection import find_runs, find_trained, open_data, select_questions
 from koret.evaluation.significance import Interval, bootstrap_interval
-from koret.evaluation.tasks import RetrievalTask
+from koret.evaluation.tasks import RetrievalTask, name_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +54,7 @@ class Sweep:
     tasks: list[str]
     points: list[Point]
     chosen: float
+    cleanness: str = ""  # what the leakage audit says; "" without one
 
     @property
     def sentence(self) -> str:
@@ -71,6 +72,7 @@ class Sweep:
             "tasks": self.tasks,
             "chosen": self.chosen,
             "sentence": self.sentence,
+            "cleanness": self.cleanness or None,
             "points": [point.to_dict() for point in self.points],
         }
 
@@ -95,13 +97,15 @@ def sweep(
     chosen model there. Other arguments are those of ``evaluate``. Raises ValueError when the two models do not have
     the same tensors.
     """
-    tuned, base, trained = _open_pair(model, baseline)
+    tuned, base, scored = _open_pair(model, baseline)
     chosen = select_questions(
-        *open_data(dataset_root, tuned, trained, progress=progress, **loading),
-        trained=trained, kinds=("passage",), split=split, max_queries=max_queries,
+        *open_data(dataset_root, tuned, scored["trained"], progress=progress, **loading),
+        **scored, kinds=("passage",), split=split, max_queries=max_queries,
     )  # fmt: skip
-    tasks = [*chosen.tasks, *(read_beir(folder) for folder in extra)]
-    return sweep_encoders(tuned, base, tasks, weights=weights, save=save, progress=progress)
+    others = [read_beir(folder) for folder in extra]
+    tasks = name_apart([*chosen.tasks, *others])
+    found = sweep_encoders(tuned, base, tasks, weights=weights, save=save, progress=progress)
+    return replace(found, cleanness=chosen.audit(tasks[len(chosen.tasks) :]).sentence)
 
 
 def sweep_encoders(
@@ -114,6 +118,7 @@ def sweep_encoders(
     progress: bool = False,
 ) -> Sweep:
     """``sweep`` on models and tasks that are open. ``tuned`` ends up with the chosen weights."""
+    tasks = name_apart(tasks)
     start, end = copy_state(base), copy_state(tuned)
     evaluators = [Evaluator(task) for task in tasks]
     before: list[Scores] = []
@@ -196,16 +201,18 @@ def _describe(weight: float, tasks: Sequence[RetrievalTask], before: list[Scores
 
 def _open_pair(
     model: str | Path | TextEncoder, baseline: str | Path | TextEncoder | None
-) -> tuple[TextEncoder, TextEncoder, Any]:
+) -> tuple[TextEncoder, TextEncoder, dict[str, Any]]:
+    """Both models, and what ``find_trained`` says of them."""
     from koret.retrieval.encoder import load_encoder
 
-    trained = find_runs(model)
+    runs = find_runs(model)
     tuned = load_encoder(model) if isinstance(model, (str, Path)) else model
     if baseline is None:
-        if not trained:
+        if not runs:
             name = getattr(tuned, "name", model)
             raise ValueError(f"{name} is not a run, so its base is not known: name it (baseline)")
-        baseline = trained[0].config["model_name"]
+        baseline = runs[0].config["model_name"]
+    scored = find_trained(model, baseline)
     if isinstance(baseline, (str, Path)):
         baseline = load_encoder(baseline, max_seq_length=tuned.max_seq_length)
-    return tuned, baseline, trained
+    return tuned, baseline, scored

@@ -86,6 +86,8 @@ def format_comparison(comparison: Comparison) -> RenderableType:
         Text(counts),
         Text(comparison.verdict.sentence, style=COLOURS[comparison.verdict.verdict]),
     ]
+    if comparison.cleanness:
+        parts.append(Text(comparison.cleanness))
     for title, moves in ((f"{b} better than {a}", comparison.gains), (f"{b} worse than {a}", comparison.drops)):
         if moves:
             parts.append(Text(f"\n{title}, the {len(moves)} largest moves", style="bold"))

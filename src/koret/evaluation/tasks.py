@@ -6,7 +6,7 @@ Letters: Q queries, N corpus texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,7 +113,7 @@ def build_task(
     kept = [i for i, _ in queries.values()]
     return RetrievalTask(
         name=name or TITLES[kind],
-        query_ids=_make_unique([ids[i] for i in kept]),
+        query_ids=make_distinct([ids[i] for i in kept], "#"),
         queries=[texts[i] for i in kept],
         relevant=[np.array(sorted(rows), np.int64) for _, rows in queries.values()],
         groups=articles[kept],
@@ -197,14 +197,23 @@ def _find_answers(dataset: Dataset, questions: pa.Table, rows: np.ndarray) -> tu
     return corpus, found, ["no answer text"] * len(found)
 
 
-def _make_unique(ids: Sequence[str]) -> list[str]:
-    """Ids as they are, a repeated one with its count behind it."""
-    seen: dict[str, int] = {}
-    unique = []
-    for name in ids:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return unique
+def name_apart(tasks: Sequence[RetrievalTask]) -> list[RetrievalTask]:
+    """The tasks, none called as another: a repeated name gets its count, as in 'scifact #2'."""
+    names = make_distinct([task.name for task in tasks], " #")
+    return [task if task.name == name else replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
+
+
+def make_distinct(names: Sequence[str], mark: str) -> list[str]:
+    """Names as they are, a repeated one with ``mark`` and its count behind it."""
+    counts: dict[str, int] = {}
+    taken, distinct = set(names), []
+    for name in names:
+        unlike, counts[name] = name, counts.get(name, 0) + 1
+        while counts[name] > 1 and (unlike := f"{name}{mark}{counts[name]}") in taken:
+            counts[name] += 1
+        taken.add(unlike)
+        distinct.append(unlike)
+    return distinct
 
 
 def _list_reasons(excluded: Sequence[tuple[str, str]]) -> str:

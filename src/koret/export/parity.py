@@ -59,6 +59,8 @@ class Check:
 
     @property
     def sentence(self) -> str:
+        if math.isnan(self.measured):
+            return f"{self.name} could not be measured: no text is cut into the same tokens as before"
         return f"{self.name} is {self.measured:.6g}, at least {self.limit:.6g} is needed" + (
             "" if self.passed else f" ({self.limit - self.measured:.2g} short)"
         )

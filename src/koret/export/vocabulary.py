@@ -1,8 +1,8 @@
 """Fewer tokens, the same vectors: cut from the embedding table what a corpus never uses.
 
-Kept are the tokens the corpus uses, all special tokens, every token of one character (Hangul syllables, jamo, digits,
-punctuation, letters of any script; with and without the mark of a word's start), byte tokens, and every token with a
-character that no kept token writes alone. So
+Kept are the tokens the corpus and the model's prefixes use, all special tokens, every token of one character (Hangul
+syllables, jamo, digits, punctuation, letters of any script; with and without the mark of a word's start), byte tokens,
+and every token with a character that no kept token writes alone. So
 
 - a corpus text is cut into the same tokens. Unigram (Kudo 2018, arXiv 1804.10959) takes the best-scoring path: removing
   tokens that are on no such path removes only paths that lost. The lowest-scoring token stays too, for the cost of an
@@ -18,7 +18,7 @@ import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -92,7 +92,10 @@ def plan_trim(encoder: TextEncoder, texts: Sequence[Text], *, anyway: bool = Fal
             f"at most {MOST_UNSEEN:.0%} may"
         )  # fmt: skip
         raise ValueError(f"the corpus is too small for a safe trim: {why}; give more text, or add --trim-anyway")
-    kept = np.flatnonzero(safe | (counts > 0))
+    prefixes = np.zeros(rows, bool)  # what stands before every text is no word of the corpus, and in use all the same
+    for ids in tokenize_whole(encoder.tokenizer.backend_tokenizer.to_str(), encoder, [(k, "") for k in get_args(Kind)]):
+        prefixes[np.concatenate(ids)] = True
+    kept = np.flatnonzero(safe | (counts > 0) | prefixes)
     return Trim(
         kept, json.dumps(rewrite_tokenizer(description, kept), ensure_ascii=False), rows, total,
         int((counts > 0).sum()), unseen,

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Kind = Literal["query", "passage"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+# Of a backbone's configuration: what decides how its weights are computed with, beside their shapes.
+FORWARD = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type")
 PRODUCTS_KEPT = "64"
 HOPELESS = 2, 2.0  # after so many products, a type that takes so many times as long will not be the faster one
 CHARACTERS_PER_TOKEN = 24  # no tokenizer here makes fewer tokens of more characters; longer texts are clipped first
@@ -109,16 +111,21 @@ class TextEncoder:
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
         """Token ids of each text, prefix and special tokens included, cut to max_seq_length: N arrays of int32.
 
-        Texts are clipped before tokenising, so a text of any length costs bounded time and gives the same ids.
+        Texts are clipped before tokenising, so a long text costs little and gives the same ids; later where they do not
+        fill the length, because of a stretch of blanks or a word that is one unknown token.
         """
-        clip = self.max_seq_length * CHARACTERS_PER_TOKEN
-        prefixed = [self.prefixes[kind] + text[:clip] for text in texts]
-        if not prefixed:
-            return []
-        rows = self.tokenizer(
-            prefixed, truncation=True, max_length=self.max_seq_length, padding=False, return_attention_mask=False
-        )["input_ids"]
-        return [np.asarray(row, dtype=np.int32) for row in rows]
+        clip, rows = self.max_seq_length * CHARACTERS_PER_TOKEN, [np.zeros(0, np.int32)] * len(texts)
+        left = list(range(len(texts)))
+        while left:
+            found = self.tokenizer(
+                [self.prefixes[kind] + texts[i][:clip] for i in left],
+                truncation=True, max_length=self.max_seq_length, padding=False, return_attention_mask=False,
+            )["input_ids"]  # fmt: skip
+            for i, row in zip(left, found, strict=True):
+                rows[i] = np.asarray(row, dtype=np.int32)
+            left = [i for i in left if len(rows[i]) < self.max_seq_length and len(texts[i]) > clip]
+            clip *= 4
+        return rows
 
     def embed(self, ids: Sequence[np.ndarray]) -> Tensor:
         """Token ids of N texts -> (N, D) float32 unit vectors in the given order; one forward, autograd if enabled."""
@@ -190,12 +197,13 @@ class TextEncoder:
         return file
 
     def fingerprint(self) -> str:
-        """sha256 over weights, tokenizer, prefixes and length: equal for encoders that give equal vectors."""
+        """sha256 over weights, forward, tokenizer, prefixes and length: equal for encoders that give equal vectors."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             numbers = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
             digest.update(numbers.data)  # in place: the bytes of a table would be a copy of it
+        digest.update(self._describe_forward().encode())
         digest.update(self._describe_tokenizer().encode())
         digest.update(repr((self.prefixes, self.max_seq_length)).encode())
         return digest.hexdigest()
@@ -211,6 +219,12 @@ class TextEncoder:
         """The tokenizer as JSON, less the truncation and padding its last caller happened to set."""
         parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return json.dumps({**parts, "truncation": None, "padding": None}, ensure_ascii=False)
+
+    def _describe_forward(self) -> str:
+        """What weights of one shape may be computed with in more than one way: pooling, heads, activation and so on."""
+        config = {name: getattr(self.backbone.config, name, None) for name in FORWARD}
+        modules = [(type(module).__name__, _read_settings(module)) for module in list(self.model)[1:]]
+        return json.dumps([config, modules], sort_keys=True, default=str)
 
     def _explain_slow_path(self) -> str | None:
         kinds = [type(module).__name__ for module in self.model]
@@ -240,6 +254,11 @@ class TextEncoder:
         features = {name: part.to(device, non_blocking=True) for name, part in moved.items()} | {"modality": "text"}
         with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return self.model(features)["sentence_embedding"]
+
+
+def _read_settings(module: torch.nn.Module) -> dict[str, Any]:
+    """The settings of a module of sentence-transformers, as it saves them."""
+    return module.get_config_dict() if hasattr(module, "get_config_dict") else {}
 
 
 def load_encoder(

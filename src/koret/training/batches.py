@@ -104,6 +104,7 @@ class Batch:
     curated: np.ndarray | None = None  # (B, M) bool, the pair's own hard negatives; given beside a guide
     guide: np.ndarray | None = None  # (U, G) float32, the guide's unit vectors of the texts
     teacher: np.ndarray | None = None  # (B, M) float32, NaN where unknown
+    right: np.ndarray | None = None  # (B, M) bool, known to be right; given where several are positives
 
     @property
     def has_negatives(self) -> bool:
@@ -124,13 +125,15 @@ class BatchMaker:
         mask: bool,
         guide: GuideTable | None = None,
         teacher: bool = False,
+        several: bool = False,
     ) -> None:
         """``queries``: tokens of ``table.queries``, ``targets`` of ``table.texts``; ``mask`` spares known positives.
 
-        ``guide``: a guide's vectors of the same texts; ``teacher``: whether batches carry the table's scores.
+        ``guide``: a guide's vectors of the same texts; ``teacher``: whether batches carry the table's scores;
+        ``several``: whether they say which targets are right, beside each pair's own.
         """
         self.table, self.queries, self.targets, self.mask = table, queries, targets, mask
-        self.guide, self.teacher = guide, teacher
+        self.guide, self.teacher, self.several = guide, teacher, several
         self.query_id = np.unique(np.array(table.queries, dtype=object), return_inverse=True)[1]  # one a distinct text
 
     def make(self, rows: np.ndarray) -> Batch:
@@ -145,6 +148,7 @@ class BatchMaker:
             targets=len(first) + np.arange(len(ids)),
             positives=np.searchsorted(ids, own),
             known=known_mask(self.table, rows, ids) if self.mask else None,
+            right=known_mask(self.table, rows, ids, same_answer=False) if self.several else None,
             curated=self._mark_curated(rows, ids) if self.guide else None,
             guide=self.guide.take(rows[first], ids) if self.guide else None,
             teacher=self._take_scores(rows, ids) if self.teacher else None,

@@ -47,6 +47,7 @@ class Snapshot:
         A process the snapshot does not know keeps torch's random state as it is.
         """
         copy_weights(self.weights, parameters)
+        optimizer.state.clear()
         for name, parameter in parameters.items():
             state = {k.rpartition("|")[2]: v for k, v in self.optimizer.items() if k.rpartition("|")[0] == name}
             if state:

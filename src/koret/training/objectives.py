@@ -23,10 +23,11 @@ class Relations(NamedTuple):
     queries: torch.Tensor  # (B,) each pair's question among the texts, which begin with the questions
     targets: torch.Tensor  # (M,) the targets among the texts, which end with them
     positives: torch.Tensor  # (B,) column of each pair's own positive
-    known: torch.Tensor | None = None  # (B, M) bool
+    known: torch.Tensor | None = None  # (B, M) bool, never negatives
     curated: torch.Tensor | None = None  # (B, M) bool, the pair's own hard negatives: a guide never takes them out
     guide: torch.Tensor | None = None  # (U, G) the guide's unit vectors of the texts
     teacher: torch.Tensor | None = None  # (B, M) float32 scores, NaN where unknown
+    right: torch.Tensor | None = None  # (B, M) bool, known to be right, not only of an equal answer
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Objective:
     ) -> Loss:
         queries, targets = embeddings[batch.queries], embeddings[batch.targets]
         positives: torch.Tensor = batch.positives
-        if self.multi_positive and batch.known is not None:
-            positives = batch.known | mark_columns(positives, batch.known)
+        if self.multi_positive and batch.right is not None:
+            positives = batch.right | mark_columns(positives, batch.right)
         limit = guided = None
         if guide is not None and self.guide_margin is not None:
             limit = find_limits(guide, batch.positives, self.guide_margin, self.guide_margin_kind)

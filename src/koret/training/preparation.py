@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from koret.config import TrainingConfig
+from koret.data.columns import read_column
 from koret.data.loader import Dataset, find_cache_dir, load_dataset
 from koret.data.pairs import PairTable, assert_no_leak, build_pairs, split_articles
 from koret.evaluation.evaluator import Evaluator
@@ -67,6 +68,8 @@ def prepare_job(config: TrainingConfig, encoder: TextEncoder, dataset: Dataset) 
             "there would be no optimizer step: in every batch all pairs share one target, so there are no negatives; "
             "give data with more than one passage, or --positives answer"
         )
+    if config.remine_every and not (read_column(dataset.questions, "best")[pairs.question] >= 0).any():
+        raise ValueError("remine_every: no question here has a passage that answers it, so nothing can be mined for")
     cache = dataset.directory
     queries = tokenize_texts(encoder, pairs.queries, "query", cache)
     targets = tokenize_texts(encoder, pairs.texts, "passage", cache)
@@ -123,7 +126,9 @@ def mine_into(path: Path, job: Job, config: TrainingConfig, encoder: SharedEncod
     Without a margin, as in ANCE: what a model in training ranks above the positive is its mistake, not a finding.
     """
     settings = MiningSettings(per_question=config.negatives_per_question, margin_relative=None)
-    mined = mine_negatives(job.dataset, job.train, encoder, settings, questions=job.pairs.question)
+    asked = np.unique(job.pairs.question)
+    asked = asked[read_column(job.dataset.questions, "best")[asked] >= 0]  # answers trained on may stand in no passage
+    mined = mine_negatives(job.dataset, job.train, encoder, settings, questions=asked)
     origin = {"model": f"{config.model_name}, {path.stem}", "train_split": config.train_split, "seed": config.seed}
     group.lead(write_negatives, path, mined, job.dataset, settings, origin)
     return f"mined {mined.report['kept']:,} hard negatives for {mined.report['questions']:,} questions: {path.name}"
@@ -168,7 +173,9 @@ def make_maker(
     guide = None
     if config.guide_model is not None:
         guide = embed_with_guide(config.guide_model, encoder.precision, pairs, cache)
-    return BatchMaker(pairs, queries, targets, config.mask_false_negatives, guide, taught)
+    return BatchMaker(
+        pairs, queries, targets, config.mask_false_negatives, guide, taught, several=config.multi_positive
+    )
 
 
 def measure_epoch(

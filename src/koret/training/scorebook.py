@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as dump_arrays
 
+from koret.config import TrainingConfig
+from koret.data.pairs import split_articles
 from koret.evaluation.audit import audit_overlap, take_evaluated, take_training
 from koret.evaluation.metrics import PRIMARY, mark_hits
 from koret.evaluation.report import EvaluationReport, build_section
 from koret.evaluation.scores import Scores
+from koret.evaluation.selection import find_runs
 from koret.evaluation.tasks import RetrievalTask
 from koret.files import DiskFull, write_file, write_json
 from koret.retrieval.encoder import TextEncoder
@@ -93,14 +97,26 @@ def _name_base_scores(job: Job, encoder: TextEncoder, fingerprint: str) -> str:
 
 
 def conclude(job: Job, model_name: str, base: list[Scores], tuned: list[Scores]) -> EvaluationReport:
-    """Base, tuned and BM25 on the same questions, the paired verdicts, and whether training has seen any of it."""
+    """Base, tuned and BM25 on the same questions, the paired verdicts, and whether training has seen any of it.
+
+    A base that was trained here too has seen what its run trained on; where that was other data, it is not known.
+    """
     sections = [
         build_section(evaluator.task, after, before, [evaluator.score_lexical()])
         for evaluator, before, after in zip(job.evaluators, base, tuned, strict=True)
     ]
+    seen, unknown = [job.train], {}
+    for run in find_runs(model_name):
+        if run.data.get("fingerprint") == job.dataset.fingerprint:
+            config = TrainingConfig(**run.config)
+            seen.append(split_articles(job.dataset, config.train_split, config.seed)[0])
+        else:
+            unknown[run.name] = "other data than this"
     audit = audit_overlap(
-        take_training(job.dataset, job.train, "the training articles"), [take_evaluated(job.dataset, job.held_out)]
+        take_training(job.dataset, np.unique(np.concatenate(seen)), "the training articles"),
+        [take_evaluated(job.dataset, job.held_out)],
     )
+    audit = replace(audit, unknown=unknown)
     dense, lexical = (sections[0].find_scores(role) for role in ("model", "lexical"))
     weight = job.evaluators[0].choose_weight(dense, lexical)  # for hybrid search with the saved model
     return EvaluationReport("tuned", model_name, {**job.report, "fusion_weight": weight}, sections, audit=audit)

@@ -79,6 +79,7 @@ class EmbeddingTrainer:
         self.job: Job | None = None
         self._dataset, self._encoder = dataset, encoder
         self._resumed: dict[str, Any] | None = None  # the environment a resumed run began with
+        self._used = False
 
     @classmethod
     def resume(cls, run: str | Path, *, changes: dict[str, Any] | None = None, **options: Any) -> EmbeddingTrainer:
@@ -106,11 +107,11 @@ class EmbeddingTrainer:
         """
         if self._is_finished():
             return self.group.lead(read_run, self.run_dir)
-        if self.run_dir is not None and self._resumed is None:
+        if self._used:
             raise RuntimeError(f"this trainer has been used: go on with EmbeddingTrainer.resume({str(self.run_dir)!r})")
         keep_freed()
         self._prepare()
-        self.run_dir = self.run_dir or self.group.lead(create_run, self.config.log_dir)
+        self.run_dir, self._used = self.run_dir or self.group.lead(create_run, self.config.log_dir), True
         agree = None if self.group.alone else self.group.find_largest
         with contextlib.ExitStack() as held, StopSignals(agree) as stop:
             self.group.lead(lambda: held.enter_context(lock_run(self.run_dir)))
@@ -374,7 +375,8 @@ class EmbeddingTrainer:
             done = self.job.schedule.epochs_done(step.number)
             rate = find_learning_rate(step.number, self.job.schedule.total, self.warmup, self.config.learning_rate)
             values |= {"train/learning_rate": rate, "train/epoch": done}
-            values |= {f"gradients/{m}_weight_norm": float(n) for m, n in zip(self.modules, norms, strict=False)}
+            found = zip(self.modules, norms, strict=False)
+            values |= {f"gradients/{m}_weight_norm": float(n) for m, n in found if np.isfinite(n)}  # else it overflowed
             self.terminal.show(step.number, values["train/loss"], values["train/pairs_per_second"])
         if step.ends_epoch:
             values |= self.measurements.close_epoch()
