@@ -128,13 +128,13 @@ def test_skipped_records_are_counted_and_listed(tmp_path, capsys):
     assert "3 records skipped" in said and "c.jsonl:2: the id came before (a)" in said and "c.jsonl:3: no text" in said
 
 
-def test_a_run_gives_its_learned_weight_to_the_index(tmp_path, capsys):
+def test_a_run_gives_its_learned_weight_and_passages_no_longer_than_its_window_to_the_index(tmp_path, capsys):
     from koret.retrieval.encoder import load_encoder
 
     run = tmp_path / "run_2026"
     load_encoder("offline", device="cpu").save(run / "model")
     for name, content in (
-        ("model/training_config.json", {}),
+        ("model/training_config.json", {"passage_tokens": 512, "max_seq_length": 256}),
         ("status.json", {"state": "finished"}),
         ("evaluation/report.json", {"data": {"fusion_weight": 0.4}}),
     ):
@@ -142,6 +142,7 @@ def test_a_run_gives_its_learned_weight_to_the_index(tmp_path, capsys):
         (run / name).write_text(json.dumps(content))
     assert call("index", run, write_folder(tmp_path / "docs", 2), "--out", tmp_path / "i", "--json") == 0
     info = json.loads(capsys.readouterr().out)["info"]
+    assert info["passage_tokens"] == 256
     assert (info["hybrid_weight"], info["model"], info["encoder"]) == (0.4, "./../run_2026/model", "run_2026")
 
 
@@ -162,12 +163,34 @@ def test_mistakes_are_explained_without_a_traceback(built, tmp_path, capsys):
         (("index", "--out", built), "name a model and a corpus"),
         (("index", "offline", "sample", "--out", built, "--delete", "x"), "without a corpus"),
         (("index", "--out", tmp_path / "own", "--verify"), "is no index"),
+        (("index", "--out", built, "--verify", "--approximate"), "--approximate is for building"),
+        (("index", "--out", built, "--delete", "000.md", "--prune"), "--prune is for building"),
+        (("index", "--out", built, "--verify", "--passage-tokens", "0"), "--passage-tokens is for building"),
+        (("index", "--out", "milvus:x.db", "--verify"), "is a database, and --verify checks the files of a folder"),
+        (("index", "offline", built.parent / "docs", "--out", tmp_path / "g", "--passage-tokens", "8"), "16 and 256"),
+        (("search", built, "수도", "--tokenizer", "kiwi"), "holds no kiwi words, only bigram"),
+        (("search", built, "수도", "--tokenizer", "kiwi", "--mode", "dense"), "--mode dense compares vectors"),
+        (("search", "offline", "수도", "--tokenizer", "kiwi"), "--tokenizer needs an index"),
     ]
     for arguments, message in cases:
         assert call(*arguments) == 2, arguments
         said = capsys.readouterr().err
         assert message in said and "Traceback" not in said, said
-    assert not (tmp_path / "g").exists()
+    assert not (tmp_path / "g").exists() and "000.md#1" in read_ids(built)
+
+
+def test_verifying_says_what_it_compared(tmp_path, capsys):
+    assert call("index", "offline", write_folder(tmp_path / "docs", 3), "--out", tmp_path / "i") == 0
+    capsys.readouterr()
+    assert call("index", "--out", tmp_path / "i", "--verify") == 0
+    assert "every file is as it was written\n" in capsys.readouterr().out
+    file = tmp_path / "i" / "index.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "seal"}))
+    assert call("index", "--out", tmp_path / "i", "--verify") == 0
+    assert "as it was written, but nothing is known of index.json: an older koret" in capsys.readouterr().out
+    assert call("index", "--out", tmp_path / "i", "--verify", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["verified"] and said["unchecked"] == ["index.json"]
 
 
 def test_a_damaged_index_names_the_file(tmp_path, capsys):

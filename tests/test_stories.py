@@ -12,10 +12,13 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
 
 from koret import cli
+from koret.commands.screen import print_json
 from koret.data.loader import SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +146,50 @@ def test_search_and_compare_and_examples_answer(run, tmp_path, capsys):
     assert found["wins"] + found["losses"] + found["ties"] == 20
     assert call("examples", run) == 0
     assert "1. One query" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """An index of a table whose cells are easily misread."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = "001,1984,빅 브라더가 나오는 소설이다,007,true,1949\n002,나목,전쟁을 그린 소설이다,8,false,1970\n"
+    write(folder / "a.csv", "id,title,text,code,open,발행 연도\n" + rows)
+    assert call("index", "offline", folder / "a.csv", "--out", folder / "i") == 0
+    return folder / "i"
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["document=001", "heading=1984", "title=1984", "code=007", 'code="007"', "code!=8", "발행 연도<1950", "open=true"],
+)
+def test_conditions_mean_what_was_in_the_table(table, condition, capsys):
+    assert call("search", table, "소설", "--mode", "lexical", "--json", "--where", condition) == 0
+    assert [hit["document"] for hit in json.loads(capsys.readouterr().out)] == ["001"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--passages", "gone.txt"], "--passages goes with a model"),
+        (["--mode", "dense", "--weight", "0.5"], "this search is dense"),
+        (["--mode", "lexical", "--weight", "0.5"], "this search is lexical"),
+    ],
+)
+def test_options_an_index_has_no_use_for_are_refused(table, arguments, words, capsys):
+    assert call("search", table, "소설", *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_hits_are_json_whatever_the_numbers_in_a_table(tmp_path, capsys):
+    columns = {"id": ["a", "b"], "text": ["첫째 글이다", "둘째 글이다"], "score": [float("nan"), 1.5]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert call("index", "offline", tmp_path / "a.parquet", "--out", tmp_path / "i") == 0
+    capsys.readouterr()
+    assert call("search", tmp_path / "i", "글이다", "--mode", "lexical", "--json") == 0
+    hits = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {hit["id"]: hit["metadata"] for hit in hits} == {"a#1": {}, "b#1": {"score": 1.5}}
+    print_json({"of": [float("inf"), np.float64("nan"), 0.5, (1,)]})  # an index made before kept them
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"of": [None, None, 0.5, [1]]}
 
 
 def test_a_finished_run_is_left_alone(run, capsys):

@@ -384,6 +384,26 @@ class TestSecondStart:
         assert dataset.questions.num_rows == 2
         assert dataset.articles.column("source").to_pylist() == ["guide/setup.md", "z.md"]
 
+    def test_names_of_documents_are_found_composed_and_decomposed(self, tmp_path):
+        root = tmp_path / "docs"
+        root.mkdir()
+        for name, text in (("세종.md", "세종은 왕이다."), ("이순신.md", "이순신은 장군이다.")):
+            (root / unicodedata.normalize("NFD", name)).write_text(f"# 글\n\n{text}\n", encoding="utf-8")
+        asked = [
+            {"id": None, "question": "왕은?", "file": "세종.md"},
+            {"id": None, "question": "장군은?", "file": unicodedata.normalize("NFD", "이순신.md")},
+        ]
+        (root / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        dataset = load(root, tmp_path / "c")
+        assert dataset.questions.column("id").to_pylist() == ["questions.jsonl:1", "questions.jsonl:2"]
+        assert dataset.articles.column("source").to_pylist() == ["세종.md", "이순신.md"]
+
+    def test_half_a_character_in_a_list_within_a_cell_is_text(self, tmp_path):
+        file = tmp_path / "pairs.csv"
+        file.write_text('query,positive,answers\n질문?,글이다.,"[""하\\ud800나""]"\n', encoding="utf-8")
+        (answers,) = load(file, tmp_path / "c").questions.column("answers").to_pylist()
+        assert answers == ['["하\\ud800나"]']
+
     def test_changed_settings_rebuild(self, official, tmp_path):
         folders = {
             load(official, tmp_path / "c", **options).directory

@@ -507,7 +507,14 @@ add("CSV of no byte", file(b"", "bad.csv"), Refused("bad.csv", "it has none"))
 add(
     "CSV with ragged rows",
     file(HEADER + "질문,문단\n혼자\n셋,문단이다,남는다\n", "bad.csv"),
-    Reads(2, 2, {"no text under 'positive'": 1}),
+    Reads(
+        1,
+        1,
+        {
+            "fewer cells than columns": 1,
+            "more cells than columns": 1,
+        },
+    ),
 )
 add(
     "CSV with an open quote",
@@ -598,6 +605,8 @@ add(
         {
             "a document without '_id' and 'text'": 2,
             "no relevant document in the corpus": 1,
+            "a judgement of a document that is not in corpus.jsonl": 1,
+            "a judgement that is not query-id, corpus-id, score with tabs between": 1,
             "a query without '_id' and 'text'": 1,
         },
     ),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
 import pytest
 from test_folder import DIMENSIONS, ids, make_entries, make_store, make_vectors
 
-from koret.retrieval.folder import FolderStore
+from koret.retrieval import approximate as approximate_module
+from koret.retrieval.folder import Damaged, FolderStore
 from koret.retrieval.store import parse_condition
 
 pytest.importorskip("faiss")
@@ -84,6 +86,62 @@ def test_a_damaged_file_is_named(store, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="ivf.faiss.*--approximate"):
         FolderStore.open(tmp_path / "i")
+
+
+@pytest.mark.parametrize("name", ["ivf.faiss", "ivf.json"])
+def test_a_file_of_the_same_size_with_another_content_is_found(store, tmp_path, name):
+    store.build_approximate(make_vectors(20))
+    assert store.verify() == []
+    file = tmp_path / "i" / "approximate" / name
+    content = bytearray(file.read_bytes())
+    if name == "ivf.json":
+        content = content.replace(b'"cells"', b'"cellz"')
+    else:
+        content[len(content) // 2 : len(content) // 2 + 1000] = bytes(1000)
+    file.write_bytes(content)
+    with pytest.raises(Damaged, match=f"{name}.*content changed.*--approximate"):
+        store.verify()
+
+
+def test_one_written_before_there_were_checksums_is_searched_and_named_as_unchecked(store, tmp_path):
+    info = store.build_approximate(make_vectors(20))
+    file = tmp_path / "i" / "approximate" / "ivf.json"
+    file.write_text(json.dumps({k: v for k, v in info.items() if k != "sha256"}))
+    again = FolderStore.open(tmp_path / "i")
+    assert again.approximate["recall@10"] == info["recall@10"]
+    assert again.verify() == ["approximate/ivf.faiss", "approximate/ivf.json"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_build_killed_before_its_recall_is_known_leaves_the_search_as_it_was(store, tmp_path, monkeypatch):
+    def die(*arguments):
+        raise Killed
+
+    queries = make_clusters(50, seed=7)
+    with monkeypatch.context() as broken, pytest.raises(Killed):
+        broken.setattr(approximate_module, "tune", die)
+        broken.setattr(approximate_module.files.shutil, "rmtree", lambda *a, **k: None)  # the dead tidy nothing up
+        store.build_approximate(queries)
+    store.close()
+    again = FolderStore.open(tmp_path / "i")
+    assert not (tmp_path / "i" / "approximate").exists() and again.approximate is None
+    assert again.search(queries, 10) == search_exactly(again, queries)
+    assert again.build_approximate(queries)["recall@10"] >= 0.9
+    assert not list((tmp_path / "i").glob(".*"))
+
+
+def test_one_of_unknown_recall_counts_as_none(store, tmp_path):
+    """As older versions left it when they were killed: published, one cell looked at, nothing measured."""
+    info = store.build_approximate(make_clusters(100, seed=1))
+    store.close()
+    untuned = {k: v for k, v in info.items() if k not in ("recall@10", "queries", "sha256")} | {"nprobe": 1}
+    (tmp_path / "i" / "approximate" / "ivf.json").write_text(json.dumps(untuned))
+    again, queries = FolderStore.open(tmp_path / "i"), make_clusters(50, seed=8)
+    assert again.approximate is None and again.search(queries, 10) == search_exactly(again, queries)
+    assert again.build_approximate(make_clusters(100, seed=1)) == info and again.verify() == []
 
 
 def test_without_faiss_building_names_the_extra_and_searching_goes_on_exactly(store, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -64,6 +65,27 @@ def test_records_bring_their_metadata(tmp_path):
     columns = {"id": [7], "title": ["서울"], "text": [TEXT], "year": [1994], "kind": ["도시"], "open": [True]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert split(tmp_path / "a.parquet")[0] == [document]
+
+
+def test_table_cells_that_look_like_numbers_lose_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text(f"id,text,code,odd,발행 연도\n001,{TEXT},007,1_990,1990\n")
+    (document,), _ = split(tmp_path / "a.csv")
+    assert document.id == "001" and document.metadata == {"code": "007", "odd": "1_990", "발행 연도": 1990}
+
+
+def test_numbers_that_are_not_finite_are_missing(tmp_path):
+    columns = {"id": ["a", "b"], "text": [TEXT, "글"], "score": [float("nan"), 1.5], "far": [float("inf"), 2.0]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert [d.metadata for d in split(tmp_path / "a.parquet")[0]] == [{}, {"score": 1.5, "far": 2.0}]
+
+
+def test_the_title_of_a_page_is_decoded_once_and_normal(tmp_path):
+    title = unicodedata.normalize("NFD", "센터")
+    (tmp_path / "a.html").write_text(f"<title>R&amp;D&nbsp;{title} &lt;b&gt; &amp;lt;</title><p>{TEXT}</p>")
+    (document,), _ = split(tmp_path / "a.html")
+    assert document.title == document.metadata["title"] == "R&D 센터 <b> &lt;"
+    (entry,), _ = cut_document(document, 64, estimate_tokens)
+    assert entry.heading == document.title and entry.text == TEXT
 
 
 def test_a_changed_field_changes_the_version(tmp_path):

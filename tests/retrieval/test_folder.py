@@ -307,6 +307,34 @@ def test_damage_to_the_manifest_is_found(tmp_path, name):
         FolderStore.open(tmp_path / "i")
 
 
+def test_an_edited_index_json_is_found_and_an_old_one_is_named_as_unchecked(tmp_path):
+    store = make_store(tmp_path / "i")
+    store.add(make_entries(3), make_vectors(9))
+    store.update_info(hybrid_weight=0.4)
+    assert store.verify() == [] and "seal" not in FolderStore.open(tmp_path / "i").info
+    file = tmp_path / "i" / "index.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "hybrid_weight": 0.5}))
+    with pytest.raises(Damaged, match="index.json: its content changed"):
+        FolderStore.open(tmp_path / "i").verify()
+    del said["seal"]
+    file.write_text(json.dumps(said))
+    assert FolderStore.open(tmp_path / "i").verify() == ["index.json"]
+
+
+def test_only_an_index_that_nobody_filled_is_discarded(tmp_path):
+    empty, mine = make_store(tmp_path / "e"), make_store(tmp_path / "i")
+    empty.discard()
+    assert not (tmp_path / "e").exists()
+    other = FolderStore.open(tmp_path / "i")
+    other.add(make_entries(1), make_vectors(3))
+    with pytest.raises(RuntimeError, match="another process is writing"):
+        mine.discard()
+    other.close()
+    mine.discard()  # what it knew when it was opened is not what lies there now
+    assert FolderStore.open(tmp_path / "i").count() == 3
+
+
 def test_what_is_no_index_is_left_alone(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "diary.txt").write_text("오늘")

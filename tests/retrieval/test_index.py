@@ -174,6 +174,54 @@ def test_other_settings_than_the_index_has_are_refused(built, encoder, tmp_path)
             build_index(encoder, corpus, built, **settings)
 
 
+@pytest.mark.parametrize("tokens", [-1, 0, 15, 65, 100_000])
+def test_passages_the_model_cannot_read_whole_are_refused_and_leave_nothing(encoder, tmp_path, tokens):
+    corpus = write_corpus(tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match=f"between 16 and 64, the tokens of a text that the model reads, not {tokens}"):
+        build_index(encoder, corpus, tmp_path / "i", passage_tokens=tokens)
+    assert not (tmp_path / "i").exists()
+    for fit in (16, 64):
+        build_index(encoder, corpus, tmp_path / f"i{fit}", passage_tokens=fit).close()
+
+
+def test_a_build_that_fails_before_anything_is_kept_fixes_no_settings(encoder, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    corpus = write_corpus(tmp_path / "c.jsonl")
+    monkeypatch.setattr(index_module.gather_segments, "__defaults__", (4,))
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(index_module, "encode_entries", fail)
+        build_index(encoder, corpus, tmp_path / "i", dtype="float32", lexical=())
+    assert not (tmp_path / "i").exists()
+
+    def fail_later(*arguments):
+        encoded.append(1)
+        return encode(*arguments) if len(encoded) == 1 else fail()
+
+    encoded, encode = [], index_module.encode_entries
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(index_module, "encode_entries", fail_later)
+        build_index(encoder, corpus, tmp_path / "i", dtype="int8")
+    with build_closing(encoder, corpus, tmp_path / "i") as index:  # what was kept stays
+        assert (index.info.dtype, index.report.unchanged) == ("int8", 4)
+
+
+def test_an_index_of_two_kinds_of_words_is_searched_by_either(encoder, tmp_path):
+    records = [{"id": "a", "text": "나는 학교에 갔다"}, {"id": "b", "text": "학생이 걷는다"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    with build_closing(encoder, tmp_path / "c.jsonl", tmp_path / "i", lexical=("bigram", "kiwi")) as index:
+        assert index.search(["가다"], mode="lexical") == index.search(["가다"], mode="lexical", tokenizer="bigram")
+        assert names(index.search(["가다"], mode="lexical")[0]) == []  # 갔다 shares no pair of characters with it
+        assert names(index.search(["가다"], mode="lexical", tokenizer="kiwi")[0]) == ["a"]
+        (hits,) = index.search(["가다"], mode="hybrid", tokenizer="kiwi")
+        assert [hit.entry.document for hit in hits if "lexical" in hit.parts] == ["a"]
+    with build_closing(encoder, tmp_path / "c.jsonl", tmp_path / "one") as index:
+        for mode in ("lexical", "hybrid"):
+            with pytest.raises(ValueError, match="holds no kiwi words, only bigram"):
+                index.search(["가다"], mode=mode, tokenizer="kiwi")
+
+
 def test_an_index_without_words_says_so(encoder, tmp_path):
     with build_closing(encoder, write_corpus(tmp_path / "c.jsonl"), tmp_path / "i", lexical=()) as index:
         for mode in ("lexical", "hybrid"):

@@ -76,6 +76,7 @@ def test_finds_what_the_folder_index_finds(url: str, tmp_path: Path) -> None:
     conditions = [[Condition(key, sign, value)] for key in KEYS for sign in ("=", "!=", "<", ">=") for value in VALUES]
     rng = np.random.default_rng(3)
     chosen = [conditions[i] for i in rng.permutation(len(conditions))[:120]]
+    chosen += [[Condition('a"]b.c [', sign, value)] for sign in ("=", "!=", "<", ">=") for value in (True, False, 1, 2)]
     chosen += [[], [Condition("year", ">=", 1995), Condition("종류", "!=", "가")], [Condition("year", "=", 1)]]
     nothing = 0
     for where in chosen:
@@ -215,7 +216,7 @@ def test_names_urls_it_cannot_read(text: str) -> None:
 def test_conditions_are_quoted() -> None:
     text = translate([Condition('k" or true', "=", '" or ""=="\\')])
     assert text.endswith(r'values["tk%22;%20;or%20;true"] == "\" or \"\"==\"\\")')
-    assert translate([Condition("a", "!=", True)]) == '(not (exists values["na"] and values["na"] == 1))'
+    assert translate([Condition("a", "!=", True)]) == '(not (exists values["ba"] and values["ba"] == 1))'
 
 
 def test_says_that_nothing_answers() -> None:

@@ -243,6 +243,37 @@ def test_a_body_too_large_is_refused_before_it_is_read(encoder, monkeypatch):
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "too_large"
 
 
+def test_requests_that_are_refused_are_counted_by_status(encoder, monkeypatch):
+    monkeypatch.setattr("koret.serving.guard.BODY_BYTES", 1000)
+    monkeypatch.setattr("koret.serving.guard.BODY_SECONDS", 0.3)
+    service, serving = listen(encoder, key="s3cret")
+    known = {"authorization": "Bearer s3cret"}
+    with serving as address:
+        where, good = f"{address}/v1/embeddings", {"model": "small", "input": "가"}
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(
+                b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Authorization: Bearer s3cret\r\nContent-Length: 9\r\n\r\n{"
+            )
+            assert b" 408 " in slow.recv(100)
+        statuses = [
+            post(address, {"model": "small", "input": "가" * 2000}, headers=known).status_code,
+            post(address, good).status_code,
+            post(address, good, headers={**known, "host": "evil.example"}).status_code,
+            httpx.post(where, content=b"{}", headers=known).status_code,
+            httpx.get(where, headers=known).status_code,
+            httpx.put(where, json=good, headers=known).status_code,
+            post(address, good, headers=known).status_code,
+        ]
+        assert httpx.get(f"{address}/v1/models").status_code == 401  # another address: not among these
+        text = httpx.get(f"{address}/metrics", headers=known).text
+    service.batcher.close()
+    assert statuses == [413, 401, 421, 415, 405, 405, 200]
+    counted = dict(re.findall(r'^koret_requests_total{status="(\d+)"} (\S+)$', text, re.MULTILINE))
+    assert counted == {"408": "1.0", "413": "1.0", "401": "1.0", "421": "1.0", "415": "1.0", "405": "2.0", "200": "1.0"}
+
+
 def test_the_key_guards_everything_but_health(encoder, monkeypatch):
     monkeypatch.setenv("OWN_KEY", "s3cret")
     service, serving = listen(encoder, key=read_key("OWN_KEY"))

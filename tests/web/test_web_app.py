@@ -132,6 +132,14 @@ def test_questions_are_listed_by_their_change(client, kind):
     assert changes == sorted(changes, reverse=kind != "losses")
 
 
+def test_no_count_lists_more_than_the_cap(client, opened, monkeypatch):
+    asked = []
+    monkeypatch.setattr(opened.report, "list_questions", lambda *values: asked.append(values[2:]) or {})
+    for count in (-1, -(10**9), 20, 10**9):
+        assert client.get("/api/report/questions", params={"count": count, "start": -3}).status_code == 200
+    assert asked == [(0, 0), (0, 0), (0, 20), (0, 100)]
+
+
 def test_completions_begin_with_what_was_typed(client, opened):
     text = opened.desk.questions.pick_examples()[0]
     assert text in client.get("/api/questions", params={"text": text[:4]}).json()["questions"]
@@ -167,6 +175,25 @@ def test_a_saved_index_opens_with_its_own_model(log_dir, tmp_path):
     page.close()
     with pytest.raises(ValueError, match="2 models and 1 indexes"):
         open_page(["a", "b"], [str(tmp_path / "index")])
+
+
+def test_an_index_without_words_has_no_columns_of_words(log_dir, tmp_path):
+    from koret.retrieval.index import build_index
+    from koret.web.app import make_app
+    from koret.web.opening import open_page
+    from koret.web.server import Server, bind
+
+    build_index(str(log_dir.parent / "tiny"), log_dir.parent / "data.json", tmp_path / "index", lexical=()).close()
+    page = open_page(indexes=[str(tmp_path / "index")])
+    with bind("127.0.0.1", 0) as own, Server(make_app(page)).serve_in_background(own) as where:
+        with httpx.Client(base_url=where, timeout=30) as client:
+            assert [column["id"] for column in client.get("/api/state").json()["columns"]] == ["m0"]
+            assert [column["id"] for column in ask(client, "가마 나바")["columns"]] == ["m0"]
+            body = {"query": "가마 나바", "passages": ["가마"], "columns": COLUMNS}
+            assert [one["id"] for one in client.post("/api/rank", json=body).json()["columns"]] == ["m0"]
+            refused = client.post("/api/search", json={"query": "가마 나바", "columns": ["bm25"]})
+            assert refused.status_code == 400 and refused.json()["error"]["code"] == "columns"
+    page.close()
 
 
 def test_questions_in_another_precision_meet_the_same_passages(log_dir, opened, monkeypatch):

@@ -54,11 +54,26 @@ def index(options: argparse.Namespace) -> None:
     if options.delete or options.verify:
         if options.corpus:
             raise ValueError("--delete and --verify go without a corpus: koret index --out DIR --delete ID")
+        check_maintenance(options)
         maintain(options)
     elif not options.corpus:
         raise ValueError("name a model and a corpus: koret index MODEL CORPUS --out DIR")
     else:
         build(options)
+
+
+def check_maintenance(options: argparse.Namespace) -> None:
+    """Refuse what --delete and --verify would pass over in silence."""
+    from koret.retrieval.places import is_database
+
+    for name in ("dtype", "lexical", "approximate", "passage_tokens", "prune"):
+        if getattr(options, name) is not None and getattr(options, name) is not False:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for building: leave it out with --delete and --verify, or give it in "
+                "a command of its own, with a model and a corpus"
+            )
+    if options.verify and is_database(options.out):
+        raise ValueError(f"{options.out} is a database, and --verify checks the files of a folder: leave it out")
 
 
 def build(options: argparse.Namespace) -> None:
@@ -105,7 +120,8 @@ def read_run_settings(model: str) -> dict[str, Any]:
 
     settings: dict[str, Any] = {}
     for run in find_runs(model):
-        settings["passage_tokens"] = run.config.get("passage_tokens")
+        tokens, window = run.config.get("passage_tokens"), run.config.get("max_seq_length")
+        settings["passage_tokens"] = min(tokens, window) if tokens and window else tokens
         report = run.path / "evaluation" / "report.json"
         if report.is_file():
             settings["hybrid_weight"] = json.loads(report.read_bytes()).get("data", {}).get("fusion_weight")
@@ -137,9 +153,8 @@ def maintain(options: argparse.Namespace) -> None:
                      if version is not None]  # fmt: skip
             done |= {"deleted": known, "unknown": [name for name in options.delete if name not in known]}
             done["passages_deleted"] = store.delete(known)
-        if options.verify and hasattr(store, "verify"):
-            store.verify()
-            done["verified"] = True
+        if options.verify:
+            done |= {"unchecked": store.verify(), "verified": True}
         done |= {"passages": store.count(), "tuned": getattr(store, "is_tuned", True)}
     finally:
         store.close()
@@ -151,7 +166,8 @@ def maintain(options: argparse.Namespace) -> None:
         for name in done["unknown"]:
             print(make_printable(f"  not in the index: {name}"))
     if "verified" in done:
-        print("every file is as it was written")
+        old = f", but nothing is known of {' and '.join(done['unchecked'])}: an older koret noted no checksum of it"
+        print("every file is as it was written" + (old if done["unchecked"] else ""))
     print(f"{options.out} holds {done['passages']:,} passages")
     if not done["tuned"]:
         print("the recall of its bits was measured before this: koret index MODEL CORPUS measures again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -38,5 +39,14 @@ def open_console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2)
+    """JSON as its standard has it: a number that is not finite is printed as null."""
+    text = json.dumps(_replace_nan(value), ensure_ascii=False, indent=2, allow_nan=False)
     print(re.sub(r"[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text))
+
+
+def _replace_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_nan(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,6 +12,7 @@ from koret import runs
 from koret.commands.screen import open_console, print_json
 
 LONGEST_QUERY = 10_000  # characters
+INDEXED = ("mode", "tokenizer", "where", "weight")  # options that ask for an index
 
 
 def add_search(command: argparse.ArgumentParser) -> None:
@@ -32,6 +33,11 @@ def add_search(command: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("dense", "lexical", "hybrid"),
         help="with an index: by vectors, by words (BM25) or by both (default: both where it holds words)",
+    )
+    command.add_argument(
+        "--tokenizer",
+        choices=("bigram", "kiwi"),
+        help="with an index of both: words to search by, pairs of characters (default) or Kiwi's morphemes",
     )
     command.add_argument(
         "--where",
@@ -59,9 +65,14 @@ def search(options: argparse.Namespace) -> None:
     if options.top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {options.top_k}")
     if is_index(options.model):
+        if options.passages is not None:
+            raise ValueError(
+                f"--passages goes with a model, and {options.model} is an index, which has its own: leave it out, or "
+                "name a model in place of the index"
+            )
         hits = search_index(options, query)
     else:
-        given = [f"--{n}" for n in ("mode", "where", "weight", "encoder") if getattr(options, n) not in (None, [])]
+        given = [f"--{n}" for n in (*INDEXED, "encoder") if getattr(options, n) not in (None, [])]
         if given:
             raise ValueError(
                 f"{given[0].replace('encoder', 'model')} needs an index, and {options.model} is none: make one with "
@@ -88,8 +99,14 @@ def search_index(options: argparse.Namespace, query: str) -> list[dict[str, Any]
     where = [parse_condition(text) for text in options.where]
     index = open_index(options.model, options.encoder)
     try:
-        mode = options.mode or ("hybrid" if index.has_words else "dense")
-        (hits,) = index.search([query], options.top_k, mode=mode, where=where, weight=options.weight)
+        mode = options.mode or ("hybrid" if index.has_words or options.tokenizer else "dense")
+        if options.tokenizer and mode == "dense":
+            raise ValueError("--tokenizer is for searching by words, and --mode dense compares vectors: leave one out")
+        if options.weight is not None and mode != "hybrid":
+            raise ValueError(f"--weight is for --mode hybrid, and this search is {mode}: leave it out")
+        (hits,) = index.search(
+            [query], options.top_k, mode=mode, where=where, weight=options.weight, tokenizer=options.tokenizer
+        )
     finally:
         index.close()
     return [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -174,8 +174,8 @@ def _list_answers(value: Any) -> list[Answer]:
 
 def _parse_or_keep(value: str) -> Any:
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
         return value
 
 
@@ -410,7 +410,11 @@ class DocumentReader(Reader):
     def __iter__(self) -> Iterator[Article | Reject]:
         root = self.source.path
         files = sorted((p for p in root.rglob("*") if p.suffix.lower() in DOCUMENT_SUFFIXES), key=lambda p: str(p))
-        names = {path.relative_to(root).as_posix(): path for path in sorted(files, key=lambda p: natural_key(str(p)))}
+        names: dict[str, Path] = {}  # composed: some systems decompose Hangul in names of files
+        for path in sorted(files, key=lambda p: natural_key(str(p))):
+            name = path.relative_to(root).as_posix()
+            composed = unicodedata.normalize("NFC", name)
+            names[name if composed in names else composed] = path
         asked: dict[str, list[Question]] = {}
         listed = self.name_file("questions.jsonl")
         with open(root / "questions.jsonl", "rb") as file:
@@ -444,8 +448,10 @@ def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Pa
     query, name = _pick(record, QUERY), record.get("file")
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"no text under '{QUERY[1]}'")
+    if isinstance(name, str) and name not in names:
+        name = unicodedata.normalize("NFC", name)
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"no document named {name!r}: 'file' is a path inside the folder")
     answers = tuple(_list_answers(_pick(record, ANSWER)))
-    identity = str(record.get("id", place))
+    identity = place if record.get("id") is None else str(record["id"])
     return name, Question(identity, query.strip(), answers, whole=() if answers else (0,))

@@ -1,9 +1,9 @@
 """Approximate search of a folder index by faiss: cells of near vectors (IVF), and what recall that costs, measured.
 
-Files in ``DIR/approximate``, replaced together: ``ivf.faiss`` (one byte for each number, memory-mapped when searched)
-and ``ivf.json``. Cells are 2 * sqrt(N), after faiss's guidelines (Johnson, Douze, Jégou: Billion-scale similarity
-search with GPUs, 2017). The search takes more candidates than asked for and scores them by the stored vectors, so the
-scores are exact; what can be missed is a passage in a cell that was not looked at.
+Files in ``DIR/approximate``, replaced together once the recall is measured: ``ivf.faiss`` (one byte for each number,
+memory-mapped when searched) and ``ivf.json``. Cells are 2 * sqrt(N), after faiss's guidelines (Johnson, Douze, Jégou:
+Billion-scale similarity search with GPUs, 2017). The search takes more candidates than asked for and scores them by the
+stored vectors, so the scores are exact; what can be missed is a passage in a cell that was not looked at.
 
 The number of cells looked at (nprobe) is the smallest that finds the target share of the exact 10 best for one half of
 the sample queries; the recall reported is that of the other half.
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from koret import files
+from koret.retrieval.manifest import SEAL, Damaged, hash_file, is_sealed, seal
 from koret.retrieval.segment import CHUNK, Segment
 
 TARGET, DEPTH = 0.97, 10  # recall@10 aimed at
@@ -33,6 +34,7 @@ class Approximate:
 
     def __init__(self, folder: Path) -> None:
         self.info = json.loads((folder / "ivf.json").read_bytes())
+        self.info.pop(SEAL, None)
         self._ivf = _import_faiss().read_index(str(folder / "ivf.faiss"), _import_faiss().IO_FLAG_MMAP)
         self._ivf.nprobe = self.info["nprobe"]
         self.offsets = np.cumsum([0, *(rows for _, rows in self.info["segments"])])
@@ -62,8 +64,15 @@ class Approximate:
         return hits
 
 
-def build_approximate(segments: Sequence[Segment], folder: Path, seed: int = 0) -> None:
-    """Train cells, fill them with the vectors of every segment, and write the files; ``tune`` chooses nprobe."""
+def build_approximate(
+    segments: Sequence[Segment],
+    folder: Path,
+    queries: np.ndarray,
+    exact: Search,
+    search: Callable[[Approximate], Search],
+    seed: int = 0,
+) -> None:
+    """Train cells, fill them with the vectors of every segment, ``tune`` them, and only then put them in ``folder``."""
     faiss = _import_faiss()
     total = sum(segment.rows for segment in segments)
     if not total:
@@ -92,11 +101,13 @@ def build_approximate(segments: Sequence[Segment], folder: Path, seed: int = 0) 
             "cells": cells,
             "nprobe": 1,
             "size": (staging / "ivf.faiss").stat().st_size,
+            "sha256": hash_file(staging / "ivf.faiss"),
         }
-        files.write_json(staging / "ivf.json", info)
+        files.write_json(staging / "ivf.json", seal(info))
+        tune(staging, queries, exact, search)
 
 
-def tune(folder: Path, queries: np.ndarray, exact: Search, search: Callable[[Approximate], Search]) -> dict[str, Any]:
+def tune(folder: Path, queries: np.ndarray, exact: Search, search: Callable[[Approximate], Search]) -> None:
     """Choose nprobe on one half of the sample queries (Q, D), measure on the other, note both in ``ivf.json``."""
     opened = Approximate(folder)
     expected = exact(queries, DEPTH)
@@ -110,26 +121,44 @@ def tune(folder: Path, queries: np.ndarray, exact: Search, search: Callable[[App
         nprobe = min(nprobe * 2, opened.info["cells"])
     recall = measure_recall(expected[second], found[second])
     opened.info |= {"nprobe": nprobe, "recall@10": round(recall, 4), "queries": len(queries)}
-    files.write_json(folder / "ivf.json", opened.info)
-    return opened.info
+    files.write_json(folder / "ivf.json", seal(opened.info))
 
 
 def open_approximate(folder: Path) -> Approximate | None:
-    """The approximate index in ``folder``; None where there is none. Raises ValueError for a damaged one."""
+    """The approximate index in ``folder``; None where there is none, or one of unknown recall. Raises Damaged."""
     if not (folder / "ivf.json").is_file():
         return None
     try:
-        size = json.loads((folder / "ivf.json").read_bytes())["size"]
-        if (folder / "ivf.faiss").stat().st_size != size:
+        info = json.loads((folder / "ivf.json").read_bytes())
+        if (folder / "ivf.faiss").stat().st_size != info["size"]:
             raise ValueError("its size changed")
-        return Approximate(folder)
+        # a koret that published before it tuned was killed in between: nobody has chosen nprobe
+        return Approximate(folder) if "recall@10" in info else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if isinstance(error, MissingFaiss):
             raise
-        raise ValueError(
-            f"the approximate index {folder / 'ivf.faiss'} is damaged ({str(error)[:80]}): delete the folder "
-            f"{folder}, and build it again with koret index --approximate"
-        ) from None
+        raise _explain_damage(folder / "ivf.faiss", str(error)[:80]) from None
+
+
+def verify_approximate(folder: Path) -> list[str]:
+    """Read the files of an approximate index once; returns those that cannot be checked. Raises Damaged."""
+    if not (folder / "ivf.json").is_file():
+        return []
+    info = json.loads((folder / "ivf.json").read_bytes())
+    if is_sealed(info) is None:
+        return [f"{folder.name}/ivf.faiss", f"{folder.name}/ivf.json"]
+    if not is_sealed(info):
+        raise _explain_damage(folder / "ivf.json", "its content changed")
+    if hash_file(folder / "ivf.faiss") != info["sha256"]:
+        raise _explain_damage(folder / "ivf.faiss", "its content changed")
+    return []
+
+
+def _explain_damage(file: Path, what: str) -> Damaged:
+    return Damaged(
+        f"the approximate index {file} is damaged ({what}): delete the folder {file.parent}, and build it again with "
+        "koret index --approximate"
+    )
 
 
 class MissingFaiss(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -158,11 +159,12 @@ def _take_record(
 
 
 def _take_metadata(record: dict[str, Any], typed: bool) -> dict[str, Value]:
-    """Every other field that is text, a number or a truth value; in CSV, text that reads as one is one."""
+    """Every other field that is text, a finite number or a truth value; in CSV, text that reads as one is one."""
     skipped = {*TEXT, *IDENTITY, *ARTICLE}
     found = {}
     for name, value in record.items():
-        if name and name not in skipped and isinstance(value, (str, int, float, bool)):
+        missing = isinstance(value, float) and not math.isfinite(value)
+        if name and name not in skipped and isinstance(value, (str, int, float, bool)) and not missing:
             found[name] = parse_value(value) if isinstance(value, str) and not typed else value
     return found
 
@@ -182,7 +184,7 @@ def _read_page(source: Source) -> tuple[Document, int, bool] | Reject:
         return _reject(source, f"cannot be read: {error.strerror}", 0, identity=source.name)
     is_html = source.path.suffix.lower() in (".html", ".htm")
     titled = re.search(r"<title[^>]*>([^<]*)</title>" if is_html else r"^# +(.+)$", text, re.MULTILINE | re.IGNORECASE)
-    title = " ".join(titled[1].split()) if titled else source.path.stem
+    title = " ".join((clean_html_text(titled[1]) if is_html else titled[1]).split()) if titled else source.path.stem
     if not is_html:
         text = text[: titled.start()] + text[titled.end() :] if titled else text
         text = re.sub(r"^# +", "## ", text, flags=re.MULTILINE)

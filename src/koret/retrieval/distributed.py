@@ -19,7 +19,7 @@ from koret.data.korquad import Reject
 from koret.retrieval.corpus import read_corpus
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.retrieval.folder import FolderStore
-from koret.retrieval.index import BuildReport, Index, build_index
+from koret.retrieval.index import BuildReport, Index, build_index, check_budget
 from koret.retrieval.milvus_connection import parse_url
 from koret.retrieval.places import create_store, describe_encoder, exists, is_database, open_store
 from koret.retrieval.processes import Process, choose_device, find_process, join_group
@@ -79,6 +79,7 @@ class Share:
 def _make_index(encoder: TextEncoder, out: str | Path, settings: dict[str, Any]) -> None:
     """An empty index, or the one that is there once its settings are found to fit and old shares are taken in."""
     if not exists(out):
+        check_budget(settings.get("passage_tokens"), encoder)
         create_store(out, describe_encoder(encoder, out, settings)).close()
         return
     index = Index(open_store(out), str(out), encoder)

@@ -35,13 +35,23 @@ from koret.retrieval.approximate import (
     build_approximate,
     measure_recall,
     open_approximate,
-    tune,
+    verify_approximate,
 )  # fmt: skip
 from koret.retrieval.bits import count_different, find_radius, pack_signs
 from koret.retrieval.compaction import choose_segments, merge_segments
 from koret.retrieval.exact import TopK
 from koret.retrieval.lexical import tokenize
-from koret.retrieval.manifest import Damaged, explain_damage, hash_file, read_manifest, take_lock, write_manifest
+from koret.retrieval.manifest import (
+    SEAL,
+    Damaged,
+    explain_damage,
+    hash_file,
+    read_manifest,
+    seal,
+    take_lock,
+    verify_files,
+    write_manifest,
+)  # fmt: skip
 from koret.retrieval.postings import Postings, Statistics, hash_text, take_best
 from koret.retrieval.segment import CHUNK, DTYPES, Recent, Segment, open_segment, rank_hits, write_segment
 from koret.retrieval.store import Condition, Entry, Found
@@ -79,7 +89,7 @@ class FolderStore:
         if info.get("dtype", "float16") not in DTYPES:
             raise ValueError(f"unknown dtype {info['dtype']!r}; choose one of {', '.join(DTYPES)}")
         (path / "segments").mkdir(parents=True, exist_ok=True)
-        files.write_json(path / "index.json", {**info, "dimensions": dimensions})
+        files.write_json(path / "index.json", seal({**info, "dimensions": dimensions}))
         write_manifest(path, {"generation": 0, "segments": []})
         return cls.open(path)
 
@@ -92,6 +102,7 @@ class FolderStore:
         try:
             info = json.loads((path / "index.json").read_bytes())
             info["dimensions"] = int(info["dimensions"])
+            info.pop(SEAL, None)
         except (ValueError, KeyError, TypeError) as error:
             raise explain_damage(path / "index.json", str(error)) from None
         return cls(path, info)
@@ -276,8 +287,7 @@ class FolderStore:
             segments, folder = self._segments, self.path / "approximate"
             held = set(self._approximate.names) if self._approximate else set()
             known = sum(segment.count for segment in segments if segment.name in held)
-            if self._approximate is None or known < 0.9 * self.count() or "recall@10" not in self._approximate.info:
-                build_approximate(segments, folder)
+            if self._approximate is None or known < 0.9 * self.count():
 
                 def search(own: Approximate | None) -> Search:
                     return lambda vectors, k: [
@@ -285,7 +295,7 @@ class FolderStore:
                         for found in self._search_dense(segments, vectors, k, approximate=own)
                     ]
 
-                tune(folder, np.asarray(queries, np.float32), search(None), search)
+                build_approximate(segments, folder, np.asarray(queries, np.float32), search(None), search)
                 self._approximate = open_approximate(folder)
         return self._approximate.info
 
@@ -328,7 +338,7 @@ class FolderStore:
         with self._write() as state:
             state.clear()
             self.info = {**self.info, **values}
-            files.write_json(self.path / "index.json", self.info)
+            files.write_json(self.path / "index.json", seal(self.info))
 
     def close(self) -> None:
         self._segments = []
@@ -337,9 +347,12 @@ class FolderStore:
             self._lock = None
 
     def discard(self) -> None:
-        """Close the index and remove it from the disk."""
+        """Remove the index from the disk, unless anybody put passages into it, and close it."""
+        with self._write() as state:  # nobody else writes until it is gone
+            state.clear()
+            if not self.count():
+                shutil.rmtree(self.path)
         self.close()
-        shutil.rmtree(self.path)
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[dict[str, Any]]:
@@ -424,13 +437,12 @@ class FolderStore:
     def _open_segment(self, record: dict) -> Segment:
         return open_segment(self.path / "segments" / record["name"], record, self.lexical, self._recent)
 
-    def verify(self) -> None:
-        """Read every file once and compare it with what was written; raises Damaged naming the first that differs."""
-        for record in self._manifest["segments"]:
-            for name, (_, digest) in record["files"].items():
-                file = self.path / "segments" / record["name"] / name
-                if hash_file(file) != digest:
-                    raise explain_damage(file, "its content changed")
+    def verify(self) -> list[str]:
+        """Read every file once and compare it with what was written; raises Damaged naming the first that differs.
+
+        Returns the files that an older koret wrote without a checksum, which cannot be compared.
+        """
+        return verify_files(self.path, self._manifest) + verify_approximate(self.path / "approximate")
 
     def _remove_leftovers(self) -> None:
         """Delete what no manifest names: left by a killed writer, or merged. Only with the lock held."""

@@ -6,6 +6,7 @@ The pipeline, each step a function that others (``distributed``) may run elsewhe
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from koret.data.korquad import Reject
 from koret.data.loader import find_cache_dir
-from koret.data.passages import join_heading, make_token_counter
+from koret.data.passages import LEAST_BUDGET, join_heading, make_token_counter
 from koret.data.sources import DataError
 from koret.retrieval.census import Census
 from koret.retrieval.corpus import Document, cut_document, read_corpus
@@ -109,20 +110,22 @@ class Index:
         mode: str = "dense",
         where: Sequence[Condition] = (),
         weight: float | None = None,
+        tokenizer: str | None = None,
     ) -> list[list[Hit]]:
         """The K best passages of each query.
 
         ``hybrid`` fuses the best 100 (or K) of either kind: by ``weight`` of the dense score, else the weight the index
-        holds, else by reciprocal rank. Raises ValueError for an empty query, an unknown mode, or a lexical search of an
-        index without lexical part.
+        holds, else by reciprocal rank. ``tokenizer``: the words to search by, by default the first of
+        ``info.lexical``. Raises ValueError for an empty query, an unknown mode, or a lexical search of an index without
+        lexical part, or without that one.
         """
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
         _check_queries(queries)
         if mode == "lexical":
-            return self.search_lexical(queries, k, where)
+            return self.search_lexical(queries, k, where, tokenizer)
         depth = max(k, DEPTH) if mode == "hybrid" else k
-        lexical = self.search_lexical(queries, depth, where) if mode == "hybrid" else None
+        lexical = self.search_lexical(queries, depth, where, tokenizer) if mode == "hybrid" else None
         dense = self.search_vectors(self.encoder.encode(list(queries), "query"), depth, where)
         if lexical is None:
             return dense
@@ -132,7 +135,9 @@ class Index:
         """The K nearest passages of query vectors (Q, D)."""
         return [_make_hits(found, "dense") for found in self.store.search(vectors, k, where)]
 
-    def search_lexical(self, queries: Sequence[str], k: int, where: Sequence[Condition] = ()) -> list[list[Hit]]:
+    def search_lexical(
+        self, queries: Sequence[str], k: int, where: Sequence[Condition] = (), tokenizer: str | None = None
+    ) -> list[list[Hit]]:
         """The K passages of largest BM25 score; those that share no word with the query are no results."""
         _check_queries(queries)
         if not self.has_words:
@@ -140,8 +145,13 @@ class Index:
                 f"{self.location} has no lexical part: search it with the mode dense, or build a new index with "
                 "--lexical"
             )
+        if tokenizer is not None and tokenizer not in self.info.lexical:
+            raise ValueError(
+                f"{self.location} holds no {tokenizer} words, only {' and '.join(self.info.lexical)}: search it by "
+                "those, or build a new index with another --lexical"
+            )
         clipped = [query[:LONGEST_QUERY] for query in queries]
-        return [_make_hits(found, "lexical") for found in self.store.search_lexical(clipped, k, where)]
+        return [_make_hits(found, "lexical") for found in self.store.search_lexical(clipped, k, where, tokenizer)]
 
     def fuse(self, dense: list[Hit], lexical: list[Hit], k: int, weight: float | None = None) -> list[Hit]:
         """One list of two: see ``search``."""
@@ -209,11 +219,11 @@ def build_index(
     Documents whose content is in the index already are passed over, so the same command after a kill goes on where it
     was. ``dtype`` (float16 unless said; the recall of binary is measured at the end) and ``lexical`` (('bigram',)
     unless said; Kiwi's morphemes cost minutes for each 100,000 passages) are fixed when the index is made, like
-    ``passage_tokens`` (the encoder's length unless said). ``prune`` removes the documents that are not in the corpus;
-    one that is there and cannot be read stays (``census``). ``progress`` is told the passages encoded so far.
-    ``Index.report`` says what was done. Raises ValueError for another model or other settings than the index was made
-    with, or a dtype that ``out`` cannot keep, and DataError for a corpus without a
-    document.
+    ``passage_tokens`` (the encoder's length unless said, and at most that). ``prune`` removes the documents that are
+    not in the corpus; one that is there and cannot be read stays (``census``). ``progress`` is told the passages
+    encoded so far. ``Index.report`` says what was done. Raises ValueError for another model or other settings than the
+    index was made with, passages longer than the encoder reads, or a dtype that ``out`` cannot keep, and DataError for
+    a corpus without a document; a new index that holds nothing by then is removed.
     """
     encoder = model if isinstance(model, TextEncoder) else load_encoder(model, max_seq_length=max_seq_length)
     documents = iter(read_corpus(corpus) if isinstance(corpus, (str, Path)) else corpus)
@@ -223,6 +233,7 @@ def build_index(
     store = open_store(out) if exists(out) else None
     is_new = store is None
     if store is None:
+        check_budget(passage_tokens, encoder)
         info = describe_encoder(encoder, out, {**wanted, "hybrid_weight": hybrid_weight})
         store = create_store(out, info)
     try:
@@ -232,15 +243,22 @@ def build_index(
             _add_approximate(index)
         if not getattr(store, "is_tuned", True):
             store.tune_bits(encoder.encode(sample_queries(store), "query"))
-    except DataError:
-        if is_new:  # it holds nothing, and would fix settings that nobody chose for good
-            store.discard()
-        store.close()
-        raise
-    except BaseException:
+    except BaseException as error:
+        if is_new and isinstance(error, Exception):  # empty, it would fix settings that nobody chose for good
+            with contextlib.suppress(Exception):  # what went wrong first is what is to be told
+                store.discard()
         store.close()
         raise
     return index
+
+
+def check_budget(tokens: int | None, encoder: TextEncoder) -> None:
+    """Raise ValueError for passages of a number of tokens that the encoder does not read, or that nothing fits into."""
+    if tokens is not None and not LEAST_BUDGET <= tokens <= encoder.max_seq_length:
+        raise ValueError(
+            f"passage_tokens must lie between {LEAST_BUDGET} and {encoder.max_seq_length}, the tokens of a text that "
+            f"the model reads, not {tokens}"
+        )
 
 
 def _bring_up_to_date(

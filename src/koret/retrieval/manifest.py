@@ -14,6 +14,8 @@ from typing import Any
 
 from koret import files
 
+SEAL = "seal"  # key of the digest of everything else in a JSON file
+
 
 class Damaged(ValueError):
     """Files of an index are missing or not as they were written."""
@@ -64,6 +66,34 @@ def _hash_all(file: Any) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def seal(info: dict[str, Any]) -> dict[str, Any]:
+    """``info`` with the digest of what it says, to be written as JSON."""
+    return {**info, SEAL: _hash_json(info)}
+
+
+def is_sealed(written: dict[str, Any]) -> bool | None:
+    """Whether what was read says what was sealed; None where it was written before there were seals."""
+    return written[SEAL] == _hash_json({k: v for k, v in written.items() if k != SEAL}) if SEAL in written else None
+
+
+def verify_files(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """Read every file of the index ``path`` once; returns those that cannot be checked. Raises Damaged."""
+    for record in manifest["segments"]:
+        noted = [(name, digest) for name, (_, digest) in record["files"].items()]
+        for name, digest in [*noted, *([record["deleted"]] if record["deleted"] else [])]:
+            file = path / "segments" / record["name"] / name
+            if hash_file(file) != digest:
+                raise explain_damage(file, "its content changed")
+    sealed = is_sealed(json.loads((path / "index.json").read_bytes()))
+    if sealed is False:
+        raise explain_damage(path / "index.json", "its content changed")
+    return [] if sealed else ["index.json"]
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def explain_damage(file: Path, what: str) -> Damaged:

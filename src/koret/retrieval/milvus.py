@@ -235,8 +235,9 @@ class MilvusStore:
             self._connection.call("delete", ids=keys[start : start + ROWS])
 
     def discard(self) -> None:
-        """Remove the collection and close."""
-        self._connection.call("drop_collection")
+        """Remove the collection, unless it holds passages, and close."""
+        if not self.count():
+            self._connection.call("drop_collection")
         self.close()
 
     def close(self) -> None:

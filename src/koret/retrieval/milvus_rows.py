@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from koret.retrieval.store import Condition, Entry, Value
+from koret.retrieval.store import Condition, Entry, Value, name_kind
 
 LONGEST = 65_535  # bytes of a text field: the engine's limit
 ENTRY = ("id", "document", "heading", "text", "version", "metadata")
@@ -22,8 +22,9 @@ _SPECIAL = re.compile(r"\W")
 def translate(where: Sequence[Condition]) -> str:
     """Conditions as an expression of the engine with the meaning of ``Condition.accept``.
 
-    Numbers and texts lie under different keys of the JSON field (``_split_values``), so types never meet; 'not' is
-    put around a whole test of presence and value, because engines disagree about != on what is missing.
+    Numbers, texts and truth values lie under different keys of the JSON field (``_split_values``), so they never meet;
+    'not' is put around a whole test of presence and value, because engines disagree about != on what is missing.
+    Collections made before truth values had keys of their own hold them as numbers, which no condition finds.
     """
     return " and ".join(_translate(condition) for condition in where)
 
@@ -37,7 +38,7 @@ def _translate(condition: Condition) -> str:
 
 def _name_key(key: str, value: Value) -> str:
     """A key without characters that mean something to the engine; one to one."""
-    kind = "t" if isinstance(value, str) else "n"
+    kind = {"text": "t", "truth": "b", "number": "n"}[name_kind(value)]
     return kind + _SPECIAL.sub(lambda found: f"%{ord(found[0]):x};", key)
 
 
@@ -50,7 +51,7 @@ def _quote(value: Value) -> str:
 
 
 def _plain_number(value: int | float | bool) -> int | float:
-    """Booleans are numbers, as in Python; numbers stay within what the engine's JSON can hold."""
+    """Truth values as 1 and 0; numbers stay within what the engine's JSON can hold."""
     if isinstance(value, int):
         return int(value) if -(2**63) <= value < 2**63 else float(value)
     return math.copysign(np.finfo(np.float64).max.item(), value) if math.isinf(value) else value

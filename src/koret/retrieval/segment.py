@@ -32,7 +32,7 @@ from koret.retrieval.bits import pack_signs
 from koret.retrieval.exact import TopK, multiply
 from koret.retrieval.manifest import explain_damage
 from koret.retrieval.postings import Postings, hash_text
-from koret.retrieval.store import Condition, Entry, Found
+from koret.retrieval.store import Condition, Entry, Found, name_kind
 
 DTYPES = ("float32", "float16", "int8", "binary")
 COLUMNS = ("id", "document", "heading", "text", "version", "metadata")
@@ -129,7 +129,7 @@ class Segment:
         self.hashes = np.load(folder / "documents.npy", mmap_mode="r")
         self.hash_rows = np.load(folder / "document_rows.npy", mmap_mode="r")
         self.postings = {name: Postings.open(folder, name) for name in tokenizers}
-        self._masks: dict[tuple[Condition, ...], np.ndarray] = {}
+        self._masks: dict[tuple[tuple[Condition, str], ...], np.ndarray] = {}
         self._wide: np.ndarray | None = None
         self._recent, self._first = recent, recent.reserve(self.rows)
 
@@ -184,7 +184,7 @@ class Segment:
         """Which rows are live and meet every condition, (N,) bool; None: all."""
         if not where:
             return self.live
-        key = tuple(where)
+        key = tuple((condition, name_kind(condition.value)) for condition in where)  # 1 equals True
         mask = self._masks.get(key)  # another thread may clear them at any time
         if mask is None:
             if len(self._masks) > 16:

@@ -6,6 +6,7 @@ on the same data. Letters: Q queries, N passages, D dimensions, K results.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -41,9 +42,14 @@ class Condition(msgspec.Struct, frozen=True):
     def accept(self, values: dict[str, Value]) -> bool:
         """Whether ``values`` meet the condition; a missing key or a value of another type meets only '!='."""
         own = values.get(self.key)
-        if own is None or isinstance(own, str) != isinstance(self.value, str):
+        if own is None or name_kind(own) != name_kind(self.value):
             return self.sign == "!="
         return bool(_SIGNS[self.sign](own, self.value))
+
+
+def name_kind(value: Value) -> str:
+    """text, truth or number: only values of one kind are compared."""
+    return "text" if isinstance(value, str) else "truth" if isinstance(value, bool) else "number"
 
 
 def read_value(entry: Entry, key: str) -> Value | None:
@@ -105,33 +111,36 @@ _SIGNS = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_CONDITION = re.compile(r"\s*([^=!<>\s]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_CONDITION = re.compile(r"\s*([^=!<>\s](?:[^=!<>]*[^=!<>\s])?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+TEXT_KEYS = ("document", "heading", "title")  # text in every passage, whatever it looks like
 
 
 def parse_condition(text: str) -> Condition:
     """``key=value``, ``key!=value``, ``year>=1990`` -> Condition.
 
-    true and false are booleans, what reads as a finite number is one; quotes ("...") keep a value text. Raises
-    ValueError showing the forms.
+    What a value stands for says ``parse_value``; one compared with ``TEXT_KEYS`` is text. Raises ValueError showing
+    the forms.
     """
     found = _CONDITION.fullmatch(text)
     if not found or not found[3]:
         raise ValueError(f"cannot read the condition {text!r}; write key=value, key!=value or key>=number")
     key, sign, value = found.groups()
-    return Condition(key, sign, parse_value(value))
+    return Condition(key, sign, _unquote(value) if key in TEXT_KEYS else parse_value(value))
 
 
 def parse_value(text: str) -> Value:
-    """What a value written as text stands for: a truth value, a finite number, or (quoted, if need be) the text."""
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        return text[1:-1]
+    """What a value written as text stands for: true or false, a finite number, or (quoted, if need be) the text.
+
+    A number is written as JSON writes it, so that none loses anything: 007, 1_990 and +5 are text.
+    """
     if text in ("true", "false"):
         return text == "true"
-    for kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        if np.isfinite(value):
-            return value
-    return text
+    number = _NUMBER.fullmatch(text.strip())
+    if number and math.isfinite(float(number[0])):
+        return float(number[0]) if number[1] or number[2] else int(number[0])
+    return _unquote(text)
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text

@@ -20,6 +20,7 @@ from koret.serving.guard import Guard
 from koret.serving.metrics import Metrics
 from koret.serving.requests import ApiError, EmbeddingRequest, format_answer, read_request, shorten
 
+EMBEDDINGS = "/v1/embeddings"
 GONE = 499  # nginx's number for a client that hung up: counted, never sent
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ def make_app(
     app = FastAPI(title="koret", docs_url=None, redoc_url=None, openapi_url=None)
     models = [service.name, f"{service.name}-query", f"{service.name}-passage"]
 
-    @app.post("/v1/embeddings")
+    def count_refusal(path: str, status: int) -> None:
+        if path == EMBEDDINGS:
+            service.metrics.requests.labels(str(status)).inc()
+
+    @app.post(EMBEDDINGS)
     async def create_embeddings(request: Request) -> Response:
         began, status = time.perf_counter(), 200
         try:
@@ -132,6 +137,7 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def say_http(request: Request, error: HTTPException) -> Response:
         word = "this address takes another method" if error.status_code == 405 else "there is nothing at this address"
+        count_refusal(request.url.path, error.status_code)
         return await refuse(request, ApiError(error.status_code, word, code="not_found"))
 
     @app.exception_handler(Exception)
@@ -140,7 +146,7 @@ def make_app(
         words = "the server failed at this request; its terminal says why"
         return await refuse(request, ApiError(500, words, code="failed", kind="server_error"))
 
-    return Guard(app, hosts, open_to_network, key)
+    return Guard(app, hosts, open_to_network, key, count_refusal)
 
 
 def _send(content: Any, status: int = 200) -> Response:

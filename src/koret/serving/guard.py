@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from koret.serving.requests import ApiError
@@ -28,10 +28,19 @@ class Guard(Protection):
     """The page's checks of host, origin and content type, answering in OpenAI's shape; and the key, where one is set.
 
     ``hosts`` and ``open_to_network`` as for ``Protection``; ``key`` is what must follow "Bearer " in Authorization.
+    ``watch`` is told the path and the status of every request refused here.
     """
 
-    def __init__(self, app: Any, hosts: Iterable[str] = (), open_to_network: bool = False, key: str | None = None):
+    def __init__(
+        self,
+        app: Any,
+        hosts: Iterable[str] = (),
+        open_to_network: bool = False,
+        key: str | None = None,
+        watch: Callable[[str, int], None] = lambda path, status: None,
+    ) -> None:
         super().__init__(app, hosts, open_to_network)
+        self.watch = watch
         self.expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -45,6 +54,7 @@ class Guard(Protection):
             self._check_key(scope)
             scope["koret.body"] = await _read_body(receive)
         except ApiError as error:
+            self.watch(scope["path"], error.status)
             await send_error(error, send)
             return
         await self.app(scope, receive, send)

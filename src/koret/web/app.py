@@ -95,7 +95,8 @@ def make_app(
     def list_questions(kind: str = "wins", text: str = "", start: int = 0, count: int = 20) -> Response:
         if kind not in KINDS:
             raise Refused(400, "bad_json")
-        return _send(_require_report().list_questions(kind, text[:QUERY_CHARACTERS], max(start, 0), min(count, 100)))
+        count = min(max(count, 0), 100)
+        return _send(_require_report().list_questions(kind, text[:QUERY_CHARACTERS], max(start, 0), count))
 
     @app.get("/")
     async def show_page() -> Response:

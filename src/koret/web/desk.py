@@ -62,8 +62,8 @@ def _search_vectors(encoder: TextEncoder, index: Index, queries: list[str]) -> l
 class Desk:
     """Answers searches of many people at once. ``indexes`` are one per model, in the order of the columns.
 
-    BM25 is asked over the passages of the last one, and fused with the last model's ranking. Questions are encoded in
-    ``precision``; one that is not fp32 is probed first (RuntimeError).
+    BM25 is asked over the passages of the last one, where it holds words, and fused with the last model's ranking.
+    Questions are encoded in ``precision``; one that is not fp32 is probed first (RuntimeError).
     """
 
     def __init__(
@@ -82,11 +82,8 @@ class Desk:
         self._lexical: MicroBatcher[str, list[Hit]] = MicroBatcher(
             lambda queries: last.search_lexical(queries, DEPTH), "bm25"
         )
-        self.columns = [
-            *columns,
-            Column(LEXICAL, LEXICAL, "BM25"),
-            Column(FUSED, FUSED, f"{columns[-1].name} + BM25"),
-        ]
+        worded = [Column(LEXICAL, LEXICAL, "BM25"), Column(FUSED, FUSED, f"{columns[-1].name} + BM25")]
+        self.columns = [*columns, *(worded if last.has_words else ())]
 
     def close(self) -> None:
         for worker in (self._lexical, *(model.worker for model in self._models)):
