@@ -131,15 +131,17 @@ def test_skipped_records_are_counted_and_listed(tmp_path, capsys):
 def test_a_run_gives_its_learned_weight_and_passages_no_longer_than_its_window_to_the_index(tmp_path, capsys):
     from koret.retrieval.encoder import load_encoder
 
-    run = tmp_path / "run_2026"
-    load_encoder("offline", device="cpu").save(run / "model")
-    for name, content in (
-        ("model/training_config.json", {"passage_tokens": 512, "max_seq_length": 256}),
-        ("status.json", {"state": "finished"}),
-        ("evaluation/report.json", {"data": {"fusion_weight": 0.4}}),
-    ):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text(json.dumps(content))
+    base, run = tmp_path / "run_2025", tmp_path / "run_2026"  # the base was trained too, and has other settings
+    for path, tokens, weight, model in ((base, 64, 0.9, "offline"), (run, 512, 0.4, str(base))):
+        load_encoder("offline", device="cpu").save(path / "model")
+        config = {"passage_tokens": tokens, "max_seq_length": 256, "model_name": model}
+        for name, content in (
+            ("model/training_config.json", config),
+            ("status.json", {"state": "finished"}),
+            ("evaluation/report.json", {"data": {"fusion_weight": weight}}),
+        ):
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(json.dumps(content))
     assert call("index", run, write_folder(tmp_path / "docs", 2), "--out", tmp_path / "i", "--json") == 0
     info = json.loads(capsys.readouterr().out)["info"]
     assert info["passage_tokens"] == 256

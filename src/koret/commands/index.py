@@ -119,7 +119,7 @@ def read_run_settings(model: str) -> dict[str, Any]:
     from koret.evaluation.selection import find_runs
 
     settings: dict[str, Any] = {}
-    for run in find_runs(model):
+    for run in find_runs(model)[:1]:  # behind it come those its base comes from
         tokens, window = run.config.get("passage_tokens"), run.config.get("max_seq_length")
         settings["passage_tokens"] = min(tokens, window) if tokens and window else tokens
         report = run.path / "evaluation" / "report.json"

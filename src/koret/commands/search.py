@@ -161,7 +161,7 @@ def read_passages(options: argparse.Namespace, encoder: Any) -> list[str]:
     """The passages to search: a text file's lines, a data set's passages, or those the run was trained on."""
     from koret.evaluation.selection import find_runs, open_data
 
-    trained = find_runs(options.model)
+    trained = find_runs(options.model)[:1]
     source = options.passages or (trained[0].config["dataset_root"] if trained else "sample")
     if source.endswith(".txt"):
         try:
