@@ -52,14 +52,21 @@ def attend(query, key, value, bounds, _bounds, _longest, _also):
 FLAT, PADDED = AttentionPath("flat", attend, "flat"), AttentionPath("padded", None, "padded")
 # Settings of each training beside the plain ones; ``path`` is how attention goes, None: the model pads by itself.
 TRAININGS: dict[str, dict[str, Any]] = {
-    "padded, in pieces": dict(micro_batch_tokens=100, gradient_accumulation_steps=2, log_gradient_histograms=True),
-    "flat, in pieces": dict(path=FLAT, micro_batch_tokens=100, batching="article", mask_false_negatives=False),
+    "padded, mined": dict(log_gradient_histograms=True, remine_every=1, num_epochs=2, max_steps=None, batch_size=16),
+    "flat, in pieces, full": dict(
+        path=FLAT, micro_batch_tokens=100, use_lora=False, batching="article", mask_false_negatives=False
+    ),
     "bfloat16": dict(path=FLAT, precision="bf16", positives="answer"),
     "checkpointed": dict(path=FLAT, gradient_checkpointing=True, lora_variant="dora", train_embeddings=True),
-    "taught": dict(path=FLAT, guide_model="", distillation="kl", matryoshka_dims=[16, 32], learn_scale=True),
-    "full": dict(use_lora=False, path=FLAT),
-    "mined": dict(remine_every=1, num_epochs=2, max_steps=None),
-    "another architecture": dict(path=None, micro_batch_tokens=100),
+    "taught": dict(
+        path=FLAT,
+        gradient_accumulation_steps=2,
+        guide_model="",
+        distillation="kl",
+        matryoshka_dims=[16, 32],
+        learn_scale=True,
+    ),
+    "another architecture": dict(path=None, micro_batch_tokens=200),
 }
 
 

@@ -21,8 +21,7 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
 
 PROGRAM = Path(__file__).with_name("accelerator_stories.py")
 TRAININGS = (
-    "padded, in pieces", "flat, in pieces", "bfloat16", "checkpointed", "taught", "full", "mined",
-    "another architecture",
+    "padded, mined", "flat, in pieces, full", "bfloat16", "checkpointed", "taught", "another architecture",
 )  # fmt: skip
 # transformers looks whether a mask hides anything, once a forward pass
 ASKED_BY_THE_LIBRARY = "aten::_local_scalar_dense in <listcomp> > embed > _forward_padded"
