@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import library
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -170,7 +171,7 @@ def _note(what: str) -> None:
     waits.append(Wait(what, [frame.name for frame in frames]))
 
 
-_library, _aten_library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-_library.fallback(_run_named, "PrivateUse1")
+_every_operator, _own_operators = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
+_every_operator.fallback(_run_named, "PrivateUse1")
 for _op in (aten.arange.default, aten.arange.start, aten.arange.start_step):  # else made empty and resized
-    _aten_library.impl(_op, functools.partial(_run_named, _op), "PrivateUse1")
+    _own_operators.impl(_op, functools.partial(_run_named, _op), "PrivateUse1")

@@ -187,5 +187,7 @@ def find_trained(model: Any, baseline: Any = None) -> dict[str, Any]:
     The model must come from a run for its training to be known. A baseline from none is what has not been trained.
     """
     names = [m if isinstance(m, (str, Path)) else getattr(m, "name", None) for m in (model, baseline)]
+    if find_runs(names[0]):
+        return {"trained": find_runs(*names), "unknown": []}
     name = Path(str(names[0] or "this model").rstrip("/").removesuffix("/model")).name
-    return {"trained": find_runs(*names), "unknown": [] if find_runs(names[0]) else [name]}
+    return {"trained": find_runs(names[1]), "unknown": [name]}
