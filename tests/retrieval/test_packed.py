@@ -323,7 +323,7 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
         changed = forward(ids)
         assert torch.allclose(changed, pool_padded(module, ids), atol=2e-5, rtol=0)
         assert not torch.allclose(changed, fast, atol=1e-3)
-        assert any(reordered for reordered, *_ in encoder._frozen)
+        assert any(use != "plain" for use, *_ in encoder._frozen)
         monkeypatch.setattr(linear, "can_reorder", lambda x, weights: False)
         assert torch.allclose(forward(ids), changed, atol=5e-6, rtol=0)
 
@@ -340,9 +340,41 @@ def test_many_tokens_are_multiplied_in_onednn_order_where_that_is_faster(capabil
     encoder = packed.PackedEncoder(module, "mean", torch.float32)
     with torch.no_grad():
         encoder.forward(draw_ids([many]))
-        assert any(reordered for reordered, *_ in encoder._frozen) == many_gain
+        assert any(use != "plain" for use, *_ in encoder._frozen) == many_gain
         encoder.forward(draw_ids([few]))
-        assert any(reordered for reordered, *_ in encoder._frozen)
+        assert any(use != "plain" for use, *_ in encoder._frozen)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_gradients_through_frozen_weights_in_onednn_order_equal_those_of_the_padded_forward(gains, monkeypatch):
+    monkeypatch.setattr(packed, "gains_from_order", lambda dtype, weights, tokens: gains)
+    ids, targets = draw_ids(ODD_LENGTHS), ["query", "value", "dense"]
+    module = adapt(target_modules=targets, bias="lora_only")
+    aim = torch.randn(len(ids), SHAPE["hidden_size"], dtype=torch.float64)
+    (pool_padded(module, ids) * aim).sum().backward()
+    exact = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    assert any("lora_" in name for name in exact) and any("bias" in name for name in exact)
+    module.float().zero_grad()
+    encoder = packed.PackedEncoder(module, "mean", torch.float32)
+    (encoder.forward(ids) * aim.float()).sum().backward()
+    assert any(use == "backward" for use, *_ in encoder._frozen) == gains
+    for name, expected in exact.items():
+        found = module.get_parameter(name).grad
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9])
+def test_fast_dropout_scales_values_and_gradients_by_one_mask(dtype, p):
+    torch.manual_seed(3)
+    x = torch.randn(37, 53, dtype=dtype, requires_grad=True)
+    found = linear.drop_fast(x, p)
+    aim = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad(found, x, aim)
+    kept, factor = found != 0, 1 / (1 - p)
+    assert torch.equal(found, torch.where(kept, x * factor, 0.0))
+    assert torch.equal(gradient, torch.where(kept, aim * factor, 0.0))
+    assert abs(kept.double().mean().item() - (1 - p)) < 0.06  # five standard deviations
 
 
 def test_fast_dropout_keeps_its_rate_and_repeats_with_the_generator():

@@ -211,27 +211,28 @@ def mix_plainly(qkv: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(D)) V per group of flat tokens (Vaswani et al. 2017); keeps no probabilities."""
+    """softmax(Q K^T / sqrt(D)) V per group of flat tokens (Vaswani et al. 2017); keeps q, k and v, no probabilities."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, groups: list, heads: int) -> Tensor:
         """qkv (T, 3C) -> (T, C)."""
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        scratch = _Scratch(qkv)
+        scratch, kept = _Scratch(qkv), []
         for at, n, length, mask in _cut_groups(groups, heads, qkv):
-            q, k, v = _split_heads(qkv, at, n, length, heads)
+            q, k, v = parts = _split_heads(qkv, at, n, length, heads)
+            if ctx.needs_input_grad[0]:
+                kept.append(parts)
             mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
             _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
-        ctx.save_for_backward(qkv)
-        ctx.groups, ctx.heads = groups, heads
+        ctx.save_for_backward(*kept)
+        ctx.groups, ctx.heads, ctx.shape = groups, heads, qkv.shape
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (qkv,) = ctx.saved_tensors
-        result, scratch = torch.empty_like(qkv), _Scratch(qkv)
-        for at, n, length, mask in _cut_groups(ctx.groups, ctx.heads, qkv):
-            q, k, v = _split_heads(qkv, at, n, length, ctx.heads)
+        result, scratch = gradient.new_empty(ctx.shape), _Scratch(gradient)
+        pieces = _cut_groups(ctx.groups, ctx.heads, gradient)
+        for (at, n, length, mask), (q, k, v) in zip(pieces, ctx.saved_tensors, strict=True):
             p = _attend(q, k, mask, scratch.take("scores", n * ctx.heads, length))
             outer = _join_heads(gradient, at, n, length, ctx.heads).transpose(1, 2).reshape(q.shape)
             parts = result[at : at + n * length].view(n, length, 3, ctx.heads, -1).permute(2, 0, 3, 1, 4)

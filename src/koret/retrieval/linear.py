@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
 FEW = 48  # tokens: more of float32, without AVX-512, lose by weights in oneDNN's order
 
 
@@ -27,8 +28,8 @@ class Linear:
     PEFT drops the input of W too.
     """
 
-    weight: Tensor | None  # (sum of widths, C), compute type; None where ``four_bit`` has the layers' weights
-    ordered: bool  # whether ``weight`` is in the order oneDNN multiplies it in
+    weight: Tensor | None  # (sum of widths, C), compute type; None where the layers' weights are one of the next two
+    ordered: OrderedWeight | None
     four_bit: list[Tensor]
     bias: Tensor | None  # (sum of widths,)
     adapters: Adapters | None
@@ -39,8 +40,8 @@ class Linear:
         adapters = self.adapters
         factors = None if adapters is None else adapters.factors
         early = self.bias if factors is None else None
-        if self.ordered:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, early, "none", [], "")
+        if self.ordered is not None:
+            y = OrderedLinear.apply(x, self.ordered, early)
         elif self.weight is not None:
             y = F.linear(x, self.weight, early)
         else:
@@ -162,6 +163,33 @@ def _find_adapter(module: nn.Module) -> _Adapter | None:
     )
 
 
+@dataclass
+class OrderedWeight:
+    """A frozen W in the order oneDNN multiplies it in, and W^T likewise: no product has to bring them into it."""
+
+    forward: Tensor
+    backward: Tensor | None  # None where no gradient is taken
+
+
+class OrderedLinear(torch.autograd.Function):
+    """W x + bias of a frozen, ordered W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: OrderedWeight, bias: Tensor | None) -> Tensor:
+        """x (T, C) -> (T, width)."""
+        ctx.weight = weight
+        return torch.ops.mkldnn._linear_pointwise(x, weight.forward, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        wanted, _, trained = ctx.needs_input_grad
+        return (
+            torch.ops.mkldnn._linear_pointwise(gradient, ctx.weight.backward, None, "none", [], "") if wanted else None,
+            None,
+            gradient.sum(dim=0) if trained else None,
+        )
+
+
 def gains_from_order(dtype: torch.dtype, weights: list[Tensor], tokens: int) -> bool:
     """Whether so many tokens of ``dtype`` are multiplied faster with these frozen weights in oneDNN's own order.
 
@@ -220,21 +248,28 @@ def drop_fast(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, p, True)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 65536) - 32768
-    return MaskedScale.apply(x, keep, 1 / (1 - p))
+    least = min(max(round(p * 65536), 1), 65535) - 32768  # smaller draws are dropped
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape).clamp_(least - 1, least)
+    kept = kept.neg_().add_(least - 1).to(torch.int8)  # comparing would take several times as long
+    return MaskedScale.apply(x, kept, 1 / (1 - p))
 
 
 class MaskedScale(torch.autograd.Function):
-    """x * keep * factor; keeps the mask as bytes."""
+    """x * factor where the mask is -1, that is all bits, and 0 where it is 0; keeps the mask."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keep: Tensor, factor: float) -> Tensor:
-        """x and keep of one shape -> the same shape."""
-        ctx.save_for_backward(keep)
+    def forward(ctx, x: Tensor, kept: Tensor, factor: float) -> Tensor:
+        """x and its mask, int8, of one shape -> the same shape."""
+        ctx.save_for_backward(kept)
         ctx.factor = factor
-        return keep.to(x.dtype).mul_(factor).mul_(x)
+        return _mask(x, kept).mul_(factor)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return keep.to(gradient.dtype).mul_(ctx.factor).mul_(gradient), None, None
+        (kept,) = ctx.saved_tensors
+        return _mask(gradient, kept).mul_(ctx.factor), None, None
+
+
+def _mask(x: Tensor, kept: Tensor) -> Tensor:
+    bits = x.view(BITS[x.element_size()])
+    return (bits & kept.to(bits.dtype)).view(x.dtype)

@@ -19,6 +19,7 @@ padded to the longest of a few groups of like length: ``attention.choose_path`` 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,15 @@ from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
 from koret.retrieval.layout import Layout, cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
-from koret.retrieval.linear import Adapters, Linear, find_base, gains_from_order, is_four_bit, read_adapters
+from koret.retrieval.linear import (
+    Adapters,
+    Linear,
+    OrderedWeight,
+    find_base,
+    gains_from_order,
+    is_four_bit,
+    read_adapters,
+)
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
@@ -59,8 +68,8 @@ def find_core(backbone: nn.Module) -> nn.Module:
 class PackedEncoder:
     """Computes pooled text vectors with the weights of a Hugging Face module, in ``dtype``.
 
-    Frozen weights are kept a second time in ``dtype`` (they are small: everything but the embedding table), for
-    inference on CPU in the order oneDNN multiplies them in where that is faster;
+    Frozen weights are kept a second time in ``dtype`` (they are small: everything but the embedding table), on CPU in
+    the order oneDNN multiplies them in where that is faster, and then a third time, transposed, for gradients;
     trainable ones are read from the module at every call, so gradients reach them. The base's own dropout is off;
     adapters keep theirs in training mode.
     """
@@ -88,7 +97,7 @@ class PackedEncoder:
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
         self._paths: dict[torch.device, AttentionPath] = {}
-        self._frozen: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
+        self._frozen: dict[tuple[str | int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -194,29 +203,37 @@ class PackedEncoder:
         bases = [find_base(module) for module in modules]
         weights, biases = [b.weight for b in bases], [b.bias for b in bases]
         four_bit = any(map(is_four_bit, weights))
-        ordered = not four_bit and not torch.is_grad_enabled() and gains_from_order(self.dtype, weights, tokens)
+        if torch.is_grad_enabled():
+            tokens = sys.maxsize  # a few are no training: memory is not worth being spent on them
+        ordered = not four_bit and gains_from_order(self.dtype, weights, tokens)
         return Linear(
-            weight=None if four_bit else self._read(weights, reorder=ordered),
-            ordered=ordered,
+            weight=None if four_bit or ordered else self._read(weights),
+            ordered=self._read_ordered(weights) if ordered else None,
             four_bit=weights if four_bit else [],
             bias=None if biases[0] is None else self._read(biases),
             adapters=adapters,
             trains=any(p.requires_grad for p in (*weights, *biases) if p is not None),
         )
 
-    def _read(self, parameters: list[Tensor], *, reorder: bool = False) -> Tensor:
-        """The parameters stacked in the compute type: cached while frozen, live while trained.
-
-        ``reorder``: frozen weights, in the order oneDNN multiplies them in.
-        """
+    def _read(self, parameters: list[Tensor]) -> Tensor:
+        """The parameters stacked in the compute type: cached while frozen, live while trained."""
         if any(p.requires_grad for p in parameters):
             return torch.cat([p.to(self.dtype) for p in parameters])
-        key, version = (reorder, *map(id, parameters)), tuple(p._version for p in parameters)
+        return self._read_frozen("plain", parameters, lambda stacked: stacked)
+
+    def _read_ordered(self, weights: list[Tensor]) -> OrderedWeight:
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        forward, backward = self._read_frozen("forward", weights, lambda w: reorder(w.contiguous())), None
+        if torch.is_grad_enabled():
+            backward = self._read_frozen("backward", weights, lambda w: reorder(w.t().contiguous()))
+        return OrderedWeight(forward, backward)
+
+    def _read_frozen(self, use: str, parameters: list[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        """The parameters stacked in the compute type and prepared for a use; kept until one of them changes."""
+        key, version = (use, *map(id, parameters)), tuple(p._version for p in parameters)
         if self._frozen.get(key, (None,))[0] != version:
             copies = [p.detach().to(self.dtype) for p in parameters]
-            stacked = copies[0] if len(copies) == 1 else torch.cat(copies)
-            if reorder:
-                stacked = torch.ops.mkldnn._reorder_linear_weight(stacked.contiguous())
+            stacked = prepare(copies[0] if len(copies) == 1 else torch.cat(copies))
             self._frozen[key] = version, stacked, parameters  # kept alive, so that no other takes their ids
         return self._frozen[key][1]
 

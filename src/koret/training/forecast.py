@@ -112,8 +112,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     return_freed()  # what only the count took
     sliced = encoder.device.type == "cpu" and encoder.slow_path_reason is None
     slice_tokens = SLICE * torch.get_num_threads() if sliced else at_once
-    passing = min(tokens, slice_tokens) * numbers * size
-    # Flat tokens before, between and after slices; a slice; and where it pays frozen weights in oneDNN's order.
+    # Flat tokens before, between and after slices; a slice; a merged copy, where it pays in oneDNN's order once more.
     scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_tokens) * numbers * size
     products = find_products(encoder) if sliced else []
     ordered = count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
@@ -124,11 +123,11 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         tokens=tokens,
         pieces=pieces,
         state=trained.state_bytes,
-        scoring=scoring + ordered + (count_merged(encoder) * 4 if merges else 0),
+        scoring=scoring + (count_merged(encoder) * 4 + ordered if merges else 0),
         saving=trained.trained * CHECKPOINT_BYTES,
         holes=HOLES if encoder.device.type == "cpu" else 0.0,  # on CUDA tensors are counted, not memory
         growth=GROWTH if encoder.device.type == "cpu" else 0.0,
-        passing=passing + (ordered if pieces > 1 else 0),  # the passes without a graph
+        passing=min(tokens, slice_tokens) * numbers * size,
     )
 
 
