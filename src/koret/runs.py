@@ -150,6 +150,11 @@ class Run:
         return "killed" if state == "running" and not _is_held(self.path) else state
 
     @property
+    def base_run(self) -> str | None:
+        """The name of the run whose model this one began with; None where it was none."""
+        return self.environment.get("model", {}).get("run")
+
+    @property
     def is_finished(self) -> bool:
         return self.status.get("state") == "finished"
 
@@ -269,3 +274,11 @@ def resolve_model(name: str | Path, log_dir: str | Path = "./logs/tensorboard") 
     if run.model is None:
         raise FileNotFoundError(f"{run.path} holds no model: it is {run.state}; finish it with --resume {run.path}")
     return run.model
+
+
+def find_origin(model: str | Path) -> Run | None:
+    """The run that a model comes from, named as for ``resolve_model``; None where it comes from none."""
+    try:
+        return read_run(resolve_model(model))
+    except FileNotFoundError:
+        return None

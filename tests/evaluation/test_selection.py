@@ -15,7 +15,7 @@ from koret.data.columns import read_column
 from koret.data.pairs import split_articles
 from koret.evaluation.comparison import compare_models
 from koret.evaluation.evaluator import evaluate
-from koret.evaluation.selection import find_runs, open_data, select_questions
+from koret.evaluation.selection import find_runs, find_trained, open_data, select_questions
 
 
 def _make_run(folder, fingerprint, **settings):
@@ -87,6 +87,22 @@ def test_without_a_run_everything_is_asked_or_the_default_split(dataset):
 def test_runs_are_found_by_their_model_directory(tmp_path):
     run = _make_run(tmp_path / "run_1", "x")
     assert [r.path for r in find_runs(tmp_path / "run_1" / "model", "no/such-model", None, HashEncoder())] == [run.path]
+
+
+def test_a_base_that_is_no_longer_where_it_was_is_found_beside_its_run_or_missed(dataset, tmp_path):
+    first = _make_run(tmp_path / "run_1", dataset.fingerprint)
+    second = _make_run(tmp_path / "run_2", dataset.fingerprint, model_name="gone/run_1")
+    assert find_runs(second.path) == [second]  # nothing says that its base was a run
+    (second.path / "environment.json").write_text(json.dumps({"model": {"name": "gone/run_1", "run": "run_1"}}))
+    second = runs.read_run(second.path)
+    assert find_runs(second.path) == [second, first]
+    assert find_trained(second.path) == {"trained": [second, first], "unknown": []}
+    first.path.rename(tmp_path / "run_9")  # another run's name is another run
+    assert find_runs(second.path) == [second]
+    found = find_trained(second.path)
+    assert found == {"trained": [second], "unknown": ["run_1"]}
+    audit = select_questions(dataset, **found).audit()
+    assert audit.clean is None and audit.sentence.startswith("What run_1 was trained on is not known here, so ")
 
 
 def test_the_embedded_sample_opens_as_the_models_tokens_cut_it():

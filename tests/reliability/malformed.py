@@ -477,6 +477,17 @@ add(
     lines(pair(1), pair(2, query=" "), pair(3, positive=[]), {}),
     Reads(1, 1, {"no text under 'query'": 2, "no text under 'positive'": 1}),
 )
+TWICE = {
+    "'query' and 'question' are one field and hold different things": 1,
+    "'positive' and 'context' are one field and hold different things": 1,
+}
+add(
+    "JSONL with a field under two of its names",
+    lines(
+        pair(1), pair(2, question="질문 2"), pair(3, question="다른 질문"), pair(4, context="다른 글"), pair(5, pos="")
+    ),
+    Reads(3, 3, TWICE),
+)
 numbers = [pair(2, query=7), pair(3, positive=7), pair(4, negatives=[7]), pair(5, answer=7)]
 NUMBERS = {
     "no text under 'query'": 1,

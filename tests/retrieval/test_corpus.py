@@ -67,6 +67,21 @@ def test_records_bring_their_metadata(tmp_path):
     assert split(tmp_path / "a.parquet")[0] == [document]
 
 
+def test_another_name_of_a_field_that_is_taken_is_metadata(tmp_path):
+    record = {
+        "id": "a",
+        "doc_id": "b",
+        "title": "서울",
+        "article": "수도",
+        "text": TEXT,
+        "context": "짧은 글",
+        "body": "",
+    }
+    (document,), _ = split(write_lines(tmp_path / "a.jsonl", record))
+    assert (document.id, document.title, document.texts) == ("a", "서울", (TEXT,))
+    assert document.metadata == {"title": "서울", "doc_id": "b", "article": "수도", "context": "짧은 글"}
+
+
 def test_table_cells_that_look_like_numbers_lose_nothing(tmp_path):
     (tmp_path / "a.csv").write_text(f"id,text,code,odd,발행 연도\n001,{TEXT},007,1_990,1990\n")
     (document,), _ = split(tmp_path / "a.csv")

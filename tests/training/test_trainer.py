@@ -483,6 +483,10 @@ def test_what_the_base_was_trained_on_counts_in_the_audit(make_config, toy_data)
     _, third = train(make_config(model_name=str(first.path)), make_dataset(seed=9))
     assert first.name in read_audit(third) and "cannot be called clean" in read_audit(third)
     assert [run.path.resolve() for run in find_runs_behind(third.path)] == [third.path, first.path]
+    assert third.base_run == first.name and first.base_run is None
+    first.path.rename(first.path.with_name("moved"))
+    fourth = make_config(model_name=str(third.path))
+    assert f"What {first.name} was trained on is not known here" in read_audit(train(fourth, make_dataset(seed=9))[1])
 
 
 def test_harmless_changes_are_reported_and_change_nothing(stopped, make_config, toy_data, silent):

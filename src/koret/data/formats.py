@@ -7,7 +7,7 @@ import io
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +129,36 @@ def _read_pair(record: dict[str, Any] | str, place: str) -> _Pair:
     positives = _list_texts(_pick(record, POSITIVE), POSITIVE[0])
     if not positives:
         raise ValueError(f"no text under '{POSITIVE[0]}'")
-    identity, article = record.get("id"), _pick(record, ARTICLE)
+    identity, article = record.get("id"), next(iter(_find_given(record, ARTICLE).values()), None)
     return _Pair(
         id=str(place if identity in (None, "") else identity),
         query=query.strip(),
         positives=positives,
-        negatives=_list_texts(_pick(record, NEGATIVE), NEGATIVE[0]),
-        answers=_list_answers(_pick(record, ANSWER)),
+        negatives=_join(record, NEGATIVE, lambda value: _list_texts(value, NEGATIVE[0])),
+        answers=_join(record, ANSWER, _list_answers),
         article="" if article is None else str(article).strip(),
         url=str(record.get("url") or ""),
     )
 
 
+def _find_given(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: record[name] for name in names if record.get(name) not in (None, "", [])}
+
+
 def _pick(record: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((record[name] for name in names if record.get(name) not in (None, "", [])), None)
+    """What a field holds under one of its names. Raises ValueError where two of them hold different things."""
+    given = _find_given(record, names)
+    first = next(iter(given), "")
+    for name in given:
+        if given[name] != given[first]:
+            raise ValueError(f"'{first}' and '{name}' are one field and hold different things: keep one of them")
+    return given.get(first)
+
+
+def _join(record: dict[str, Any], names: tuple[str, ...], read: Callable[[Any], list]) -> list:
+    """The different items of a field that lists them, under all of its names."""
+    items = [item for value in _find_given(record, names).values() for item in read(value)]
+    return list(dict.fromkeys(items))
 
 
 def _list_texts(value: Any, name: str) -> list[str]:
@@ -452,6 +468,6 @@ def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Pa
         name = unicodedata.normalize("NFC", name)
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"no document named {name!r}: 'file' is a path inside the folder")
-    answers = tuple(_list_answers(_pick(record, ANSWER)))
+    answers = tuple(_join(record, ANSWER, _list_answers))
     identity = place if record.get("id") is None else str(record["id"])
     return name, Question(identity, query.strip(), answers, whole=() if answers else (0,))

@@ -170,15 +170,25 @@ def find_runs(*models: Any) -> list[runs.Run]:
     """The runs that models named by path or name come from, and those their bases come from; others are passed over."""
     found: dict[Path, runs.Run] = {}
     for model in models:
-        while isinstance(model, (str, Path)):
-            try:
-                run = runs.read_run(runs.resolve_model(model))
-            except FileNotFoundError:
-                break
-            if run.path.resolve() in found:
-                break
-            found[run.path.resolve()], model = run, run.config.get("model_name")
+        run = runs.find_origin(model) if isinstance(model, (str, Path)) else None
+        while run is not None and run.path.resolve() not in found:
+            found[run.path.resolve()] = run
+            run = _find_base(run)
     return list(found.values())
+
+
+def _find_base(run: runs.Run) -> runs.Run | None:
+    """The run a run's base comes from: where its settings say, from here, or beside it under the name it had."""
+    wanted = run.base_run
+    places = [run.config.get("model_name"), *([run.path.parent / wanted] if wanted else [])]
+    found = [origin for place in places if place and (origin := runs.find_origin(place))]
+    return next((origin for origin in found if wanted in (None, origin.name)), None)
+
+
+def find_lost(found: Sequence[runs.Run]) -> list[str]:
+    """Names of the runs that bases of ``find_runs``' runs come from, where they are not among these."""
+    names = [run.name for run in found]
+    return [run.base_run for run in found if run.base_run and run.base_run not in names]
 
 
 def find_trained(model: Any, baseline: Any = None) -> dict[str, Any]:
@@ -188,6 +198,8 @@ def find_trained(model: Any, baseline: Any = None) -> dict[str, Any]:
     """
     names = [m if isinstance(m, (str, Path)) else getattr(m, "name", None) for m in (model, baseline)]
     if find_runs(names[0]):
-        return {"trained": find_runs(*names), "unknown": []}
-    name = Path(str(names[0] or "this model").rstrip("/").removesuffix("/model")).name
-    return {"trained": find_runs(names[1]), "unknown": [name]}
+        trained, unknown = find_runs(*names), []
+    else:
+        trained = find_runs(names[1])
+        unknown = [Path(str(names[0] or "this model").rstrip("/").removesuffix("/model")).name]
+    return {"trained": trained, "unknown": [*unknown, *find_lost(trained)]}

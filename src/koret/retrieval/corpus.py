@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,19 +148,20 @@ def _take_record(
 ) -> tuple[Document, int, bool] | Reject:
     if isinstance(record, str):
         return _reject(source, record, number)
-    identity = next((str(record[name]) for name in IDENTITY if record.get(name) not in (None, "")), "")
-    text = next((record[name] for name in TEXT if isinstance(record.get(name), str) and record[name].strip()), None)
-    title = next((str(record[name]).strip() for name in ("title", *ARTICLE) if record.get(name)), "")
-    if text is None:
+    identified = next((name for name in IDENTITY if record.get(name) not in (None, "")), None)
+    written = next((name for name in TEXT if isinstance(record.get(name), str) and record[name].strip()), None)
+    titled = next((name for name in ("title", *ARTICLE) if record.get(name)), None)
+    identity, title = str(record.get(identified, "")), str(record.get(titled, "")).strip()
+    if written is None:
         return _reject(source, f"no text under '{TEXT[0]}'", number, title, identity)
-    metadata = {"title": title, **_take_metadata(record, typed)}
+    text = record[written]
+    metadata = {"title": title, **_take_metadata(record, {identified, written, titled}, typed)}
     kind = "html" if looks_like_html(text) else "page"
     return Document(identity, title, (text,), kind, _drop_empty(metadata)), number, bool(identity)
 
 
-def _take_metadata(record: dict[str, Any], typed: bool) -> dict[str, Value]:
+def _take_metadata(record: dict[str, Any], skipped: Container[str | None], typed: bool) -> dict[str, Value]:
     """Every other field that is text, a finite number or a truth value; in CSV, text that reads as one is one."""
-    skipped = {*TEXT, *IDENTITY, *ARTICLE}
     found = {}
     for name, value in record.items():
         missing = isinstance(value, float) and not math.isfinite(value)

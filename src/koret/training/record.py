@@ -20,7 +20,7 @@ from koret.evaluation.scores import Scores
 from koret.files import remove_leftovers, stage_folder, write_json
 from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder
-from koret.runs import describe_environment, read_run
+from koret.runs import describe_environment, find_origin, read_run
 from koret.training import scorebook
 from koret.training.checkpoint import CheckpointFolder, Snapshot, take_snapshot
 from koret.training.logbook import Logbook, Terminal, describe_config
@@ -54,11 +54,13 @@ class RunRecord:
     def describe(self, resolved: dict[str, Any], encoder: TextEncoder, fingerprint: str) -> None:
         """A new run: what it runs with and on, before the first step."""
         (self.path / "evaluation").mkdir()
+        origin = find_origin(self.config.model_name)
+        model = {"name": self.config.model_name, "fingerprint": fingerprint, "forward": encoder.path}
         environment = describe_environment(
             config=self.config.to_dict(),
             seed=self.config.seed,
             resolved=resolved,
-            model={"name": self.config.model_name, "fingerprint": fingerprint, "forward": encoder.path},
+            model={**model, "run": origin and origin.name},
             accelerator=torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else None,
         )
         write_json(self.path / "environment.json", environment)

@@ -18,7 +18,7 @@ from koret.evaluation.audit import audit_overlap, take_evaluated, take_training
 from koret.evaluation.metrics import PRIMARY, mark_hits
 from koret.evaluation.report import EvaluationReport, build_section
 from koret.evaluation.scores import Scores
-from koret.evaluation.selection import find_runs
+from koret.evaluation.selection import find_lost, find_runs
 from koret.evaluation.tasks import RetrievalTask
 from koret.files import DiskFull, write_file, write_json
 from koret.retrieval.encoder import TextEncoder
@@ -105,8 +105,9 @@ def conclude(job: Job, model_name: str, base: list[Scores], tuned: list[Scores])
         build_section(evaluator.task, after, before, [evaluator.score_lexical()])
         for evaluator, before, after in zip(job.evaluators, base, tuned, strict=True)
     ]
-    seen, unknown = [job.train], {}
-    for run in find_runs(model_name):
+    runs, seen = find_runs(model_name), [job.train]
+    unknown = dict.fromkeys(find_lost(runs), "")
+    for run in runs:
         if run.data.get("fingerprint") == job.dataset.fingerprint:
             config = TrainingConfig(**run.config)
             seen.append(split_articles(job.dataset, config.train_split, config.seed)[0])
