@@ -363,6 +363,35 @@ def test_gradients_through_frozen_weights_in_onednn_order_equal_those_of_the_pad
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), name
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_spare_rows_of_a_slice_change_nothing(pooling, monkeypatch):
+    """Whatever memory held before: here it holds NaN."""
+    module, ids = adapt(target_modules=["query", "value", "dense"]), draw_ids([5, 40, 50, 50, 70, 90])
+    monkeypatch.setattr(packed, "SLICE", 128)
+    monkeypatch.setattr(packed, "ROWS", 32)
+    counts = []
+    run_layer = packed.PackedEncoder._run_layer
+    monkeypatch.setattr(
+        packed.PackedEncoder, "_run_layer", lambda *given: (counts.append(len(given[2])), run_layer(*given))[1]
+    )
+    found = []
+    for by_onednn in (False, True):
+        monkeypatch.setattr(packed.PackedEncoder, "_multiplies_by_onednn", lambda *_, answer=by_onednn: answer)
+        torch.use_deterministic_algorithms(True)  # fills what is not initialised
+        try:
+            vectors = packed.PackedEncoder(module, pooling, torch.float64).forward(ids)
+            gradients = torch.autograd.grad(
+                vectors.square().sum(), [p for n, p in module.named_parameters() if "lora" in n], allow_unused=True
+            )
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append([vectors, *(g for g in gradients if g is not None)])
+    spared = counts[len(counts) // 2 :]
+    assert {n % 32 for n in spared} == {0} and {n % 32 for n in counts[: len(counts) // 2]} != {0}
+    for plain, padded in zip(*found, strict=True):
+        assert plain.isfinite().all() and torch.allclose(plain, padded, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9])
 def test_fast_dropout_scales_values_and_gradients_by_one_mask(dtype, p):

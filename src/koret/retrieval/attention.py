@@ -211,7 +211,10 @@ def mix_plainly(qkv: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(D)) V per group of flat tokens (Vaswani et al. 2017); keeps q, k and v, no probabilities."""
+    """softmax(Q K^T / sqrt(D)) V per group of flat tokens (Vaswani et al. 2017); keeps q, k and v, no probabilities.
+
+    Tokens behind the last group are of no text: zeros come out for them, and no gradient.
+    """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, groups: list, heads: int) -> Tensor:
@@ -224,6 +227,7 @@ class BlockAttention(torch.autograd.Function):
                 kept.append(parts)
             mixed = torch.bmm(_attend(q, k, mask, scratch.take("scores", n * heads, length)), v)
             _join_heads(out, at, n, length, heads).copy_(mixed.view(n, heads, length, -1).transpose(1, 2))
+        out[_find_end(groups) :] = 0
         ctx.save_for_backward(*kept)
         ctx.groups, ctx.heads, ctx.shape = groups, heads, qkv.shape
         return out
@@ -241,7 +245,13 @@ class BlockAttention(torch.autograd.Function):
             torch._softmax_backward_data(d_scores, p, -1, p.dtype, grad_input=d_scores)
             parts[0].copy_(torch.bmm(d_scores, k).mul_(q.shape[-1] ** -0.5).view(parts[0].shape))
             parts[1].copy_(torch.bmm(d_scores.transpose(1, 2), q).view(parts[1].shape))
+        result[_find_end(ctx.groups) :] = 0
         return result, None, None
+
+
+def _find_end(groups: list) -> int:
+    at, n, length, _ = groups[-1]
+    return at + n * length
 
 
 class _Scratch:

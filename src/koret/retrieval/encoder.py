@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 # Of a backbone's configuration: what decides how its weights are computed with, beside their shapes.
 FORWARD = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type")
-PRODUCTS_KEPT = "64"
+PRODUCTS_KEPT = "256"  # about those of a few slices: each is 80 KB
 HOPELESS = 2, 2.0  # after so many products, a type that takes so many times as long will not be the faster one
 CHARACTERS_PER_TOKEN = 24  # no tokenizer here makes fewer tokens of more characters; longer texts are clipped first
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class TextEncoder:
     def release(self) -> None:
         """Let go of the copies of frozen weights that the padding-free forward keeps; the next forward makes them anew.
 
-        Scoring leaves all of them a second time, in the order oneDNN multiplies them in.
+        Scoring may leave them in an order that nothing else multiplies them in.
         """
         self._packed = None
 
@@ -280,9 +280,7 @@ def load_encoder(
     """
     from sentence_transformers import SentenceTransformer
 
-    # oneDNN keeps a compiled product for every shape it met, a thousand by default: a training, whose batches all
-    # differ, would hold more from step to step.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
+    _limit_products()
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _find_source(name)
@@ -381,6 +379,7 @@ def _reaches_hub(timeout: float = 5.0) -> bool:
 
 def choose_precision(device: str) -> str:
     """On CUDA 'bf16' where it is native, else 'fp16'; on CPU 'bf16' where a measured product is faster, else 'fp32'."""
+    _limit_products()
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.startswith("cpu"):
@@ -404,6 +403,14 @@ def cut_by_tokens(
             longest = total = len(ids[i])
         batches[-1].append(i)
     return batches
+
+
+def _limit_products() -> None:
+    """Before the first product, which reads it: how many compiled ones oneDNN keeps, a thousand where nobody says.
+
+    A training, whose batches all differ, would hold more from step to step.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
 
 
 def _compare_products(a: torch.dtype, b: torch.dtype, rounds: int = 40) -> float:

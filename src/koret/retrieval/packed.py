@@ -43,6 +43,7 @@ from koret.retrieval.linear import (
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
+ROWS = 16  # oneDNN compiles a product for every number of rows, and keeps parts of it for good: multiples of this one
 log = logging.getLogger(__name__)
 
 
@@ -128,14 +129,16 @@ class PackedEncoder:
         groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
         layers = self._read_layers(layout.tokens)
-        slices = [(layout.tokens, groups)]
-        # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
-        if path.layout == "blocks" and device.type == "cpu" and not any(layer.trains for layer in layers):
-            slices = cut_slices(groups, SLICE * torch.get_num_threads())
+        slices, step = [(layout.tokens, groups)], 1
+        if path.layout == "blocks" and device.type == "cpu":
+            step = ROWS if self._multiplies_by_onednn(layers) else 1
+            # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
+            if not any(layer.trains for layer in layers):
+                slices = cut_slices(groups, SLICE * torch.get_num_threads())
         sizes = [size for size, _ in slices]
         rows, places = find_firsts(layout, sizes, device) if self.pooling == "cls" else ([None] * len(sizes), None)
         parts = [
-            self._run_slice(layers, part, inside, wanted)
+            self._run_slice(layers, part, inside, wanted, spare=-len(part) % step)
             for part, (_, inside), wanted in zip(x.split(sizes), slices, rows, strict=True)
         ]
         x = _widen(parts[0] if len(parts) == 1 else torch.cat(parts))
@@ -152,15 +155,28 @@ class PackedEncoder:
         ]
         return PaddedTexts(groups) if path.layout == "padded" else groups
 
-    def _run_slice(self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
-        """Flat tokens (T, C) through all layers; only ``rows`` come out of the last one, where they are given."""
+    def _multiplies_by_onednn(self, layers: list[_Layer]) -> bool:
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return self.device.type == "cpu" and (
+            half or any(linear.ordered for layer in layers for linear in layer.linears)
+        )
+
+    def _run_slice(
+        self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None, *, spare: int = 0
+    ) -> Tensor:
+        """Flat tokens (T, C) through all layers; only ``rows`` come out of the last one, where they are given.
+
+        ``spare`` tokens of no text go along.
+        """
+        tokens = len(x)
+        x = F.pad(x, (0, 0, 0, spare)) if spare else x
         for layer in layers:
             wanted = rows if layer is layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._run_layer, layer, x, groups, wanted, use_reentrant=False)
             else:
                 x = self._run_layer(layer, x, groups, wanted)
-        return x
+        return x[:tokens] if spare and rows is None else x
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         parts = self.core.embeddings

@@ -187,7 +187,7 @@ class Pace:
         self.total, self.every, self.step_tokens, self.peak = total, every, step_tokens, peak
         self._time_scorings = time_scorings
         self._tokens, self._seen, self._began = 0, 0, 0.0
-        self._least = 0  # bytes that stay when everything freed is given back
+        self._settled: int | None = 0  # bytes held after the first step since everything freed was given back
         self.forecast: Forecast | None = None
         self.expected = peak.peak
 
@@ -215,14 +215,18 @@ class Pace:
         return f"forecast: {self.forecast}, {self.expected / 2**30:.2f} GB at the peak"
 
     def hold_to(self, device: torch.device) -> None:
-        """After a step: give back what was freed where more is held than was forecast, and giving back helps.
+        """After a step: give back what was freed where more is held than was forecast, and more than a step needs.
 
         On a CPU what a step frees is kept for the next one (memory.keep_freed). Batches of other sizes do not quite
-        fit into it, so it grows from step to step, the more the longer it is kept.
+        fit into it, so it grows from step to step, the more the longer it is kept. Fresh pages cost the next step a
+        twentieth of its time, so a step's own need is not given back.
         """
-        if device.type == "cpu" and read_held(device) > max(self.expected, self._least * 1.1):
+        held = read_held(device)
+        if self._settled is None:
+            self._settled = held
+        elif device.type == "cpu" and held > max(self.expected, self._settled * 1.1):
             return_freed()
-            self._least = read_held(device)
+            self._settled = None
 
     def compare(self, device: torch.device) -> str | None:
         """How long it took since the forecast and what was held at most, beside what was said; None without one."""
