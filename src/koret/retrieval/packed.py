@@ -156,10 +156,9 @@ class PackedEncoder:
         return PaddedTexts(groups) if path.layout == "padded" else groups
 
     def _multiplies_by_onednn(self, layers: list[_Layer]) -> bool:
+        """Whether the layers do, on CPU."""
         half = self.dtype in (torch.bfloat16, torch.float16)
-        return self.device.type == "cpu" and (
-            half or any(linear.ordered for layer in layers for linear in layer.linears)
-        )
+        return half or any(linear.ordered for layer in layers for linear in layer.linears)
 
     def _run_slice(
         self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None, *, spare: int = 0
