@@ -484,9 +484,12 @@ TWICE = {
 add(
     "JSONL with a field under two of its names",
     lines(
-        pair(1), pair(2, question="질문 2"), pair(3, question="다른 질문"), pair(4, context="다른 글"), pair(5, pos="")
+        pair(1),
+        pair(2, question=" 질문 2", positives=["문단 2의 글이다."], pos=""),
+        pair(3, question="다른 질문"),
+        pair(4, context="다른 글"),
     ),
-    Reads(3, 3, TWICE),
+    Reads(2, 2, TWICE),
 )
 numbers = [pair(2, query=7), pair(3, positive=7), pair(4, negatives=[7]), pair(5, answer=7)]
 NUMBERS = {

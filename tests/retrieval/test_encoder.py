@@ -169,6 +169,16 @@ def test_precision_is_chosen_by_measurement():
     assert choose_precision("cpu") in ("fp32", "bf16")
 
 
+def test_the_first_product_finds_how_many_onednn_may_keep(monkeypatch):
+    """It reads that once; a training chooses its precision before it loads its encoder."""
+    name, found = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", []
+    monkeypatch.setenv(name, "")  # so that what is set below is taken back
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(encoders.F, "linear", lambda x, weight: found.append(encoders.os.environ.get(name)))
+    choose_precision("cpu")
+    assert set(found) == {encoders.PRODUCTS_KEPT}
+
+
 @pytest.mark.parametrize(("slower", "chosen", "most"), [(torch.bfloat16, "fp32", 3), (torch.float32, "bf16", 40)])
 def test_a_type_without_hardware_for_it_is_given_up_after_three_products(monkeypatch, slower, chosen, most):
     products, clock = [], [0.0]

@@ -123,16 +123,16 @@ def _read_pair(record: dict[str, Any] | str, place: str) -> _Pair:
     """A row as a pair; ``place`` is its id where it has none. Raises ValueError saying what is wrong with it."""
     if isinstance(record, str):
         raise ValueError(record)
-    query = _pick(record, QUERY)
-    if not isinstance(query, str) or not query.strip():
+    query = _pick(record, QUERY, _read_text)
+    if not query:
         raise ValueError(f"no text under '{QUERY[0]}'")
-    positives = _list_texts(_pick(record, POSITIVE), POSITIVE[0])
+    positives = _pick(record, POSITIVE, lambda value: _list_texts(value, POSITIVE[0]))
     if not positives:
         raise ValueError(f"no text under '{POSITIVE[0]}'")
     identity, article = record.get("id"), next(iter(_find_given(record, ARTICLE).values()), None)
     return _Pair(
         id=str(place if identity in (None, "") else identity),
-        query=query.strip(),
+        query=query,
         positives=positives,
         negatives=_join(record, NEGATIVE, lambda value: _list_texts(value, NEGATIVE[0])),
         answers=_join(record, ANSWER, _list_answers),
@@ -145,14 +145,18 @@ def _find_given(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any
     return {name: record[name] for name in names if record.get(name) not in (None, "", [])}
 
 
-def _pick(record: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """What a field holds under one of its names. Raises ValueError where two of them hold different things."""
-    given = _find_given(record, names)
+def _pick(record: dict[str, Any], names: tuple[str, ...], read: Callable[[Any], Any]) -> Any:
+    """What a field holds, as read, under one of its names; None for nothing. Raises ValueError where two differ."""
+    given = {name: found for name, value in _find_given(record, names).items() if (found := read(value))}
     first = next(iter(given), "")
-    for name in given:
-        if given[name] != given[first]:
+    for name, found in given.items():
+        if found != given[first]:
             raise ValueError(f"'{first}' and '{name}' are one field and hold different things: keep one of them")
     return given.get(first)
+
+
+def _read_text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
 
 
 def _join(record: dict[str, Any], names: tuple[str, ...], read: Callable[[Any], list]) -> list:
@@ -461,8 +465,8 @@ class DocumentReader(Reader):
 def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Path]) -> tuple[str, Question]:
     if isinstance(record, str):
         raise ValueError(record)
-    query, name = _pick(record, QUERY), record.get("file")
-    if not isinstance(query, str) or not query.strip():
+    query, name = _pick(record, QUERY, _read_text), record.get("file")
+    if not query:
         raise ValueError(f"no text under '{QUERY[1]}'")
     if isinstance(name, str) and name not in names:
         name = unicodedata.normalize("NFC", name)
@@ -470,4 +474,4 @@ def _read_question(record: dict[str, Any] | str, place: str, names: dict[str, Pa
         raise ValueError(f"no document named {name!r}: 'file' is a path inside the folder")
     answers = tuple(_join(record, ANSWER, _list_answers))
     identity = place if record.get("id") is None else str(record["id"])
-    return name, Question(identity, query.strip(), answers, whole=() if answers else (0,))
+    return name, Question(identity, query, answers, whole=() if answers else (0,))

@@ -197,9 +197,6 @@ def find_trained(model: Any, baseline: Any = None) -> dict[str, Any]:
     The model must come from a run for its training to be known. A baseline from none is what has not been trained.
     """
     names = [m if isinstance(m, (str, Path)) else getattr(m, "name", None) for m in (model, baseline)]
-    if find_runs(names[0]):
-        trained, unknown = find_runs(*names), []
-    else:
-        trained = find_runs(names[1])
-        unknown = [Path(str(names[0] or "this model").rstrip("/").removesuffix("/model")).name]
-    return {"trained": trained, "unknown": [*unknown, *find_lost(trained)]}
+    name = Path(str(names[0] or "this model").rstrip("/").removesuffix("/model")).name
+    trained = find_runs(*names)
+    return {"trained": trained, "unknown": [*([] if find_runs(names[0]) else [name]), *find_lost(trained)]}

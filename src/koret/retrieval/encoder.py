@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 # Of a backbone's configuration: what decides how its weights are computed with, beside their shapes.
 FORWARD = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type")
-PRODUCTS_KEPT = "256"  # about those of a few slices: each is 80 KB
+PRODUCTS_KEPT = "256"  # those of a few slices of a batch
 HOPELESS = 2, 2.0  # after so many products, a type that takes so many times as long will not be the faster one
 CHARACTERS_PER_TOKEN = 24  # no tokenizer here makes fewer tokens of more characters; longer texts are clipped first
 log = logging.getLogger(__name__)

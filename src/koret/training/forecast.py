@@ -112,10 +112,12 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     return_freed()  # what only the count took
     sliced = encoder.device.type == "cpu" and encoder.slow_path_reason is None
     slice_tokens = SLICE * torch.get_num_threads() if sliced else at_once
-    # Flat tokens before, between and after slices; a slice; a merged copy, where it pays in oneDNN's order once more.
+    # Flat tokens before, between and after slices; a slice.
     scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_tokens) * numbers * size
-    products = find_products(encoder) if sliced else []
-    ordered = count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
+    if merges:  # a copy, and where it pays one more in oneDNN's order; the trained model's own is held already
+        scoring += count_merged(encoder) * 4
+        products = find_products(encoder) if sliced else []
+        scoring += count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
     pieces = -(-heaviest // budget)
     return PeakForecast(
         held=read_held(encoder.device),
@@ -123,7 +125,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         tokens=tokens,
         pieces=pieces,
         state=trained.state_bytes,
-        scoring=scoring + (count_merged(encoder) * 4 + ordered if merges else 0),
+        scoring=scoring,
         saving=trained.trained * CHECKPOINT_BYTES,
         holes=HOLES if encoder.device.type == "cpu" else 0.0,  # on CUDA tensors are counted, not memory
         growth=GROWTH if encoder.device.type == "cpu" else 0.0,
@@ -187,7 +189,7 @@ class Pace:
         self.total, self.every, self.step_tokens, self.peak = total, every, step_tokens, peak
         self._time_scorings = time_scorings
         self._tokens, self._seen, self._began = 0, 0, 0.0
-        self._settled: int | None = 0  # bytes held after the first step since everything freed was given back
+        self._needed: int | None = 0  # bytes held after the first step since some were given back; None: before it
         self.forecast: Forecast | None = None
         self.expected = peak.peak
 
@@ -218,15 +220,17 @@ class Pace:
         """After a step: give back what was freed where more is held than was forecast, and more than a step needs.
 
         On a CPU what a step frees is kept for the next one (memory.keep_freed). Batches of other sizes do not quite
-        fit into it, so it grows from step to step, the more the longer it is kept. Fresh pages cost the next step a
-        twentieth of its time, so a step's own need is not given back.
+        fit into it, so it grows from step to step, the more the longer it is kept. What every step needs is not given
+        back: the next one would wait for fresh pages.
         """
+        if device.type != "cpu":
+            return
         held = read_held(device)
-        if self._settled is None:
-            self._settled = held
-        elif device.type == "cpu" and held > max(self.expected, self._settled * 1.1):
+        if self._needed is None:
+            self._needed = held
+        elif held > max(self.expected, self._needed * 1.1):
             return_freed()
-            self._settled = None
+            self._needed = None
 
     def compare(self, device: torch.device) -> str | None:
         """How long it took since the forecast and what was held at most, beside what was said; None without one."""

@@ -54,13 +54,12 @@ class RunRecord:
     def describe(self, resolved: dict[str, Any], encoder: TextEncoder, fingerprint: str) -> None:
         """A new run: what it runs with and on, before the first step."""
         (self.path / "evaluation").mkdir()
-        origin = find_origin(self.config.model_name)
-        model = {"name": self.config.model_name, "fingerprint": fingerprint, "forward": encoder.path}
+        name, origin = self.config.model_name, find_origin(self.config.model_name)
         environment = describe_environment(
             config=self.config.to_dict(),
             seed=self.config.seed,
             resolved=resolved,
-            model={**model, "run": origin and origin.name},
+            model={"name": name, "run": origin and origin.name, "fingerprint": fingerprint, "forward": encoder.path},
             accelerator=torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else None,
         )
         write_json(self.path / "environment.json", environment)

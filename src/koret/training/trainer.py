@@ -431,7 +431,7 @@ class EmbeddingTrainer:
         except FloatingPointError as error:
             raise NumericFault(f"scoring after step {self.at.step}: {error}", self.at.step, []) from error
         finally:
-            (encoder or self.encoder).release()  # perhaps nothing but scoring needs the weights in its order
+            (encoder or self.encoder).release()  # what scoring alone has the weights in
 
     def _save_checkpoint(self) -> None:
         self.measurements.collect()
