@@ -14,7 +14,7 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv and install koret with its test extras
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/koret/data/csrc/*)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/koret/*/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "koret needs Python 3.10 or newer; run: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +44,4 @@ sample: $(STAMP) ## rebuild the embedded sample from tools/sample/articles
 	$(BIN)/python tools/sample/build.py
 
 clean: ## remove the environment and caches (runs in logs/ stay)
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/koret/data/_scan.*
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/koret/data/_scan.* src/koret/retrieval/_attention.*

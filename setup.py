@@ -1,8 +1,20 @@
-"""The compiled part of koret. It is optional: without a C compiler the Python code beside it does the same, slower."""
+"""The compiled parts of koret. They are optional: without a C compiler the Python code beside them does the same, slower."""
 
 from glob import glob
 
 from setuptools import Extension, setup
 
-SOURCES = sorted(glob("src/koret/data/csrc/*.c"))
-setup(ext_modules=[Extension("koret.data._scan", SOURCES, depends=["src/koret/data/csrc/text.h"], optional=True)])
+
+def describe(name: str, *flags: str) -> Extension:
+    folder = "/".join(["src", *name.split(".")[:-1], "csrc"])
+    return Extension(
+        name,
+        sorted(glob(f"{folder}/*.c")),
+        depends=sorted(glob(f"{folder}/*.h")),
+        extra_compile_args=list(flags),
+        extra_link_args=list(flags),
+        optional=True,
+    )
+
+
+setup(ext_modules=[describe("koret.data._scan"), describe("koret.retrieval._attention", "-O3", "-fopenmp")])

@@ -125,9 +125,9 @@ def test_prepared_data_is_the_same(name, request, tmp_path):
 
 def test_what_was_built_is_of_this_version():
     source = (Path(native.__file__).parent / "csrc" / "module.c").read_text(encoding="utf-8")
-    assert f"#define VERSION {native._VERSION} " in source
+    assert f"#define VERSION {native.VERSION} " in source
     built = pytest.importorskip("koret.data._scan", reason="koret.data._scan is not built")
-    assert built.VERSION == native._VERSION, "it was built from older C: make setup builds it anew"
+    assert built.VERSION == native.VERSION, "it was built from older C: make setup builds it anew"
 
 
 def test_the_variable_chooses_python():

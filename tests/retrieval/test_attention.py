@@ -341,7 +341,8 @@ def test_the_path_follows_type_device_heads_and_libraries(
     assert layout == "flat" or path.words.startswith("texts of like length padded together (")
 
 
-def test_a_cpu_takes_blocks_and_another_device_pads():
+def test_a_cpu_takes_blocks_where_no_kernel_was_compiled_and_another_device_pads(monkeypatch):
+    monkeypatch.setenv("KORET_PURE_PYTHON", "1")
     assert choose_path(CPU, torch.bfloat16, 64) == AttentionPath("blocks", None, "padding-free")
     words = "texts of like length padded together (a device of type mps has no variable-length kernel)"
     assert choose_path(torch.device("mps"), torch.float32, 64) == AttentionPath("padded", None, words)

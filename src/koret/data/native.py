@@ -5,21 +5,7 @@ Whoever uses ``scan`` has the same in Python beside it, with the same results. K
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
+from koret.native import load_extension
 
-_VERSION = 1  # of the results; a file built from older source is not used
-
-
-def load_scan() -> ModuleType | None:
-    """The extension module if it is there, of this version and not switched off."""
-    if os.environ.get("KORET_PURE_PYTHON", "0") not in ("", "0"):
-        return None
-    try:
-        from koret.data import _scan
-    except ImportError:
-        return None
-    return _scan if _scan.VERSION == _VERSION else None
-
-
-scan = load_scan()
+VERSION = 1  # of the results
+scan = load_extension("koret.data._scan", VERSION)

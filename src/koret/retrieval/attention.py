@@ -3,14 +3,14 @@
 Three ways to keep texts apart, and ``choose_path`` says which one a device takes. T tokens in all, C width, H heads,
 D = C / H:
 
-    blocks  short texts share a block under a mask, long ones stand in groups of equal length: CPU
-    padded  a few groups of texts of like length, each padded to its longest: other devices, where no kernel for the
-            next one is to be had
-    flat    texts side by side and their bounds, for a kernel that takes sequences of any length: CUDA in half precision
+    flat    texts side by side and their bounds, for a kernel that takes sequences of any length: CUDA in half
+            precision, and CPU where koret's own kernels were built and the processor has what they need
+    blocks  short texts share a block under a mask, long ones stand in groups of equal length: other CPUs
+    padded  a few groups of texts of like length, each padded to its longest: other devices
 
-The kernels of the last are FlashAttention's (Dao 2023, arXiv 2307.08691), from torch or from the flash-attn package.
-Each is checked against the formula before its first use on a device. Padded groups go through torch's own
-scaled_dot_product_attention, forward and backward.
+The kernels of the first are FlashAttention's (Dao 2023, arXiv 2307.08691) on CUDA, from torch or from the flash-attn
+package, and ``compiled`` on CPU. Each is checked against the formula before its first use on a device. Padded groups go
+through torch's own scaled_dot_product_attention, forward and backward.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from koret.retrieval.compiled import CompiledAttention, CompiledKernel, find_compiled
+
 CHUNK_BYTES = 1_600_000  # attention scores worked on at a time: about what a CPU's cache holds
 LEAST_CAPABILITY = 8, 0  # of a CUDA device, for FlashAttention: Ampere
 LARGEST_HEAD, HEAD_STEP = 256, 8  # numbers of a head that FlashAttention takes
 CHECKED_LENGTHS = 1, 17, 64, 130  # one token, odd, a whole tile, more than one
-# Of the largest value, in steps of the type: the kernels' own arithmetic strays by 1, a scale wrong by a tenth by 7.
-CHECKED_STEPS = 4
+# Of the largest value, in steps of the type: the kernels' own arithmetic strays by 1, a scale wrong by a tenth by 7; in
+# float32, whose steps are so small that long sums count, by 12 and by 400,000.
+CHECKED_STEPS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 40}
 log = logging.getLogger(__name__)
 
 # q, k, v (T, H, D), bounds of queries and of keys (N + 1,) int32, longest of each -> (T, H, D). It scales by 1/sqrt(D).
@@ -42,8 +45,13 @@ class AttentionPath:
     """How attention runs on a device: the layout of the tokens, the kernel of the flat one, and both in words."""
 
     layout: Literal["blocks", "padded", "flat"]
-    kernel: Kernel | None
+    kernel: Kernel | CompiledKernel | None
     words: str
+
+    @property
+    def takes_slices(self) -> bool:
+        """Whether it runs on CPU, where some of the texts at a time, and tokens of no text behind them, are welcome."""
+        return self.layout == "blocks" or isinstance(self.kernel, CompiledKernel)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class FlatTexts:
 
     bounds: Tensor
     longest: int
-    kernel: Kernel
+    kernel: Kernel | CompiledKernel
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,12 @@ Groups = list[tuple[int, int, int, Tensor | None]] | FlatTexts | PaddedTexts
 def choose_path(device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionPath:
     """How attention over heads of ``head_size`` numbers of ``dtype`` runs on ``device``.
 
-    On CUDA the kernel is run once, on a few tokens, and left alone with a warning where it is wrong or raises.
+    A kernel is run once, on a few tokens, and left alone with a warning where it is wrong or raises.
     """
     if device.type == "cpu":
+        compiled = find_compiled(dtype, head_size)
+        if compiled is not None and check_kernel(compiled.name, compiled, device, dtype, head_size):
+            return AttentionPath("flat", compiled, f"padding-free, compiled attention ({compiled.name})")
         return AttentionPath("blocks", None, "padding-free")
     if device.type == "cuda":
         reason = explain_padding(dtype, head_size, torch.cuda.get_device_capability(device))
@@ -119,10 +130,12 @@ def find_kernels() -> dict[str, Kernel]:
 
 
 @functools.lru_cache
-def check_kernel(name: str, kernel: Kernel, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+def check_kernel(
+    name: str, kernel: Kernel | CompiledKernel, device: torch.device, dtype: torch.dtype, head_size: int
+) -> bool:
     """Whether ``kernel`` gives the formula's values and gradients on a few tokens; else a warning says what it did.
 
-    The formula is taken in float32 on the CPU. Nothing is drawn from torch's own generators.
+    The formula is taken in float64 on the CPU. Nothing is drawn from torch's own generators.
     """
     try:
         with (  # a caller's modes and hooks are not the check's
@@ -138,7 +151,7 @@ def check_kernel(name: str, kernel: Kernel, device: torch.device, dtype: torch.d
         problem = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
     if problem:
         log.warning(
-            "the variable-length attention of %s is not used on %s (%s); texts are padded instead",
+            "the variable-length attention of %s is not used on %s (%s); another way is taken",
             name,
             device,
             problem,
@@ -146,7 +159,9 @@ def check_kernel(name: str, kernel: Kernel, device: torch.device, dtype: torch.d
     return not problem
 
 
-def _find_difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+def _find_difference(
+    kernel: Kernel | CompiledKernel, device: torch.device, dtype: torch.dtype, head_size: int
+) -> str | None:
     """In words, the first of output and gradients that strays from the formula's; None where none does."""
     heads, lengths = 2, CHECKED_LENGTHS
     own = torch.Generator().manual_seed(0)
@@ -161,11 +176,11 @@ def _find_difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, h
         qkv = qkv.detach().requires_grad_()
         mixed = mix(qkv)
         (gradient,) = torch.autograd.grad(mixed, qkv, weights)
-        return [part.detach().float().cpu() for part in (mixed, *gradient.chunk(3, dim=1))]
+        return [part.detach().double().cpu() for part in (mixed, *gradient.chunk(3, dim=1))]
 
     found = differentiate(lambda x: mix_flat(x, texts, heads), qkv.to(device), weights.to(device))
-    expected = differentiate(lambda x: mix_plainly(x, lengths, heads), qkv.float(), weights.float())
-    allowed = CHECKED_STEPS * torch.finfo(dtype).eps
+    expected = differentiate(lambda x: mix_plainly(x, lengths, heads), qkv.double(), weights.double())
+    allowed = CHECKED_STEPS[dtype] * torch.finfo(dtype).eps
     names = "output", "gradient of q", "gradient of k", "gradient of v"
     for what, mine, exact in zip(names, found, expected, strict=True):
         off = ((mine - exact).abs().max() / exact.abs().max()).item()
@@ -185,6 +200,8 @@ def mix_tokens(qkv: Tensor, groups: Groups, heads: int) -> Tensor:
 
 def mix_flat(qkv: Tensor, texts: FlatTexts, heads: int) -> Tensor:
     """``mix_tokens`` by a variable-length kernel: it reads q, k and v where they stand and brings its own gradient."""
+    if isinstance(texts.kernel, CompiledKernel):
+        return CompiledAttention.apply(qkv, texts.bounds, texts.longest, heads, texts.kernel)
     q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
     bounds, longest = texts.bounds, texts.longest
     # By position: torch and flash-attn name them differently.

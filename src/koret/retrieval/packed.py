@@ -9,11 +9,12 @@ C width, H heads, D = C / H.
     flat   [a a a c c | b b b b b]          short texts share a block, long ones stand alone; T positions
 
 Attention runs per block with a mask that keeps texts apart, or, for long texts, on groups of exactly equal length;
-its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). On CPU the
-flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole. On CUDA the
-texts stand side by side without blocks, for a kernel that takes sequences of any length, or, where there is none, are
-padded to the longest of a few groups of like length: ``attention.choose_path`` decides. Where a text is its first token
-(pooling 'cls'), nothing but first tokens is computed behind the attention of the last layer.
+its probabilities are recomputed in the backward pass, never stored (Chen et al. 2016, arXiv 1604.06174). Where a kernel
+takes sequences of any length, koret's own on CPU among them, the texts stand side by side without blocks; on other
+devices than CPU they are else padded to the longest of a few groups of like length: ``attention.choose_path`` decides.
+On CPU the flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole.
+Where a text is its first token (pooling 'cls'), nothing but first tokens is computed behind the attention of the last
+layer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
-from koret.retrieval.layout import Layout, cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
+from koret.retrieval.layout import cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 from koret.retrieval.linear import (
     Adapters,
     Linear,
@@ -42,7 +43,7 @@ from koret.retrieval.linear import (
 )
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-SLICE = 1024  # tokens that go through the layers together on CPU, for each thread; more run out of the caches
+SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: more run out of the caches
 ROWS = 16  # oneDNN compiles a product for every number of rows, and keeps parts of it for good: multiples of this one
 log = logging.getLogger(__name__)
 
@@ -126,32 +127,34 @@ class PackedEncoder:
         # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
         lengths = torch.tensor(layout.lengths).to(device, non_blocking=True)
-        groups = self._move_groups(layout, path, device)
         x = self._embed(tokens, positions + self.first_position)
         layers = self._read_layers(layout.tokens)
-        slices, step = [(layout.tokens, groups)], 1
-        if path.layout == "blocks" and device.type == "cpu":
+        slices, step = [(layout.tokens, layout.groups)], 1
+        if path.takes_slices:
             step = ROWS if self._multiplies_by_onednn(layers) else 1
             # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
             if not any(layer.trains for layer in layers):
-                slices = cut_slices(groups, SLICE * torch.get_num_threads())
+                slices = cut_slices(layout.groups, SLICE * torch.get_num_threads())
         sizes = [size for size, _ in slices]
+        groups = [self._move_groups(inside, path, device) for _, inside in slices]
         rows, places = find_firsts(layout, sizes, device) if self.pooling == "cls" else ([None] * len(sizes), None)
         parts = [
             self._run_slice(layers, part, inside, wanted, spare=-len(part) % step)
-            for part, (_, inside), wanted in zip(x.split(sizes), slices, rows, strict=True)
+            for part, inside, wanted in zip(x.split(sizes), groups, rows, strict=True)
         ]
         x = _widen(parts[0] if len(parts) == 1 else torch.cat(parts))
         return _average(x, owner, lengths) if places is None else x[places]
 
-    def _move_groups(self, layout: Layout, path: AttentionPath, device: torch.device) -> Groups:
-        """What attention needs to keep texts apart, on the device, once for all layers."""
+    def _move_groups(self, groups: list, path: AttentionPath, device: torch.device) -> Groups:
+        """What attention needs to keep the texts of a slice apart, on the device, once for all layers."""
         if path.kernel is not None:
-            bounds = torch.tensor([*layout.starts, layout.tokens], dtype=torch.int32)
-            return FlatTexts(bounds.to(device, non_blocking=True), max(layout.lengths), path.kernel)
+            at, _, length, _ = groups[-1]
+            bounds = torch.tensor([*(at for at, *_ in groups), at + length], dtype=torch.int32)
+            longest = max(length for _, _, length, _ in groups)
+            return FlatTexts(bounds.to(device, non_blocking=True), longest, path.kernel)
         groups = [
             (at, n, length, None if mask is None else mask.to(device, self.dtype, non_blocking=True))
-            for at, n, length, mask in layout.groups
+            for at, n, length, mask in groups
         ]
         return PaddedTexts(groups) if path.layout == "padded" else groups
 

@@ -1,0 +1,45 @@
+/* What a register of 8 floats can do: AVX2 with FMA. */
+
+#include <immintrin.h>
+
+typedef __m256 floats;
+enum { LANES = 8, TILE_SUMS = 8 };
+
+#define load(from) _mm256_load_ps(from)
+#define store(to, x) _mm256_store_ps(to, x)
+#define fill(x) _mm256_set1_ps(x)
+#define largest(x, y) _mm256_max_ps(x, y)
+#define add_product(x, y, z) _mm256_fmadd_ps(x, y, z)
+#define round_lanes(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+
+/* x * 2^whole: added to the exponent's bits. */
+INLINE floats
+shift_exponent(floats x, floats whole)
+{
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), bits));
+}
+
+INLINE float
+find_largest(floats x)
+{
+    const __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+INLINE float
+add_lanes(floats x)
+{
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+/* x with the lanes from count on (maybe none or all) from y. */
+INLINE floats
+replace_lanes(floats x, long count, floats y)
+{
+    const __m256 lanes = _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(lanes, fill((float)count), _CMP_LT_OQ));
+}

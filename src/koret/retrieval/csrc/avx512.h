@@ -1,0 +1,24 @@
+/* What a register of 16 floats can do: AVX-512. */
+
+#include <immintrin.h>
+
+typedef __m512 floats;
+enum { LANES = 16, TILE_SUMS = 16 };
+
+#define load(from) _mm512_load_ps(from)
+#define store(to, x) _mm512_store_ps(to, x)
+#define fill(x) _mm512_set1_ps(x)
+#define largest(x, y) _mm512_max_ps(x, y)
+#define add_product(x, y, z) _mm512_fmadd_ps(x, y, z)
+#define find_largest(x) _mm512_reduce_max_ps(x)
+#define add_lanes(x) _mm512_reduce_add_ps(x)
+#define round_lanes(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define shift_exponent(x, whole) _mm512_scalef_ps(x, whole) /* x * 2^whole */
+
+/* x with the lanes from count on (maybe none or all) from y. */
+INLINE floats
+replace_lanes(floats x, long count, floats y)
+{
+    const unsigned kept = count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+    return _mm512_mask_blend_ps((__mmask16)kept, y, x);
+}

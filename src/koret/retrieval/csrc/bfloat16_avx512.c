@@ -1,0 +1,77 @@
+/* Attention in bfloat16 with AVX-512's products of pairs: sums and softmax in float32, P and dS rounded. */
+
+#include "kernel.h"
+
+#ifdef KORET_HAS_KERNELS
+
+#include <stdint.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+#include "avx512.h"
+
+typedef uint16_t number;
+typedef uint32_t word;
+typedef __m512bh words_of;
+enum { PER_WORD = 2 };
+
+#define load_words(from) ((__m512bh)_mm512_load_si512(from))
+#define fill_words(x) ((__m512bh)_mm512_set1_epi32((int)(x)))
+#define multiply_add(a, b, sum) _mm512_dpbf16_ps(sum, a, b)
+
+INLINE void
+write_lanes(number *to, floats x)
+{
+    _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+/* count floats -> numbers, in words. */
+INLINE const word *
+round_rows(const float *rows, long count, number *narrow)
+{
+    for (long i = 0; i < count; i += LANES)
+        _mm256_store_si256((void *)(narrow + i), (__m256i)_mm512_cvtneps_pbh(load(rows + i)));
+    return (const word *)narrow;
+}
+
+/* 16 words: numbers of one row low, of another high. */
+INLINE __m512i
+join(__m256i low, __m256i high)
+{
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+/* PER_WORD rows of n floats -> n words. */
+INLINE void
+join_rows(const float *rows, long n, word *out)
+{
+    for (long i = 0; i < n; i += LANES)
+        _mm512_store_si512(out + i, join((__m256i)_mm512_cvtneps_pbh(load(rows + i)),
+                                         (__m256i)_mm512_cvtneps_pbh(load(rows + n + i))));
+}
+
+/* PER_WORD rows of n numbers, of which `there` are (maybe none) and the rest are zeros -> n words. */
+INLINE void
+join_numbers(const number *rows, long step, long there, long n, word *out)
+{
+    const __m256i none = _mm256_setzero_si256();
+    for (long i = 0; i < n; i += LANES)
+        _mm512_store_si512(out + i, join(there > 0 ? _mm256_loadu_si256((const void *)(rows + i)) : none,
+                                         there > 1 ? _mm256_loadu_si256((const void *)(rows + step + i)) : none));
+}
+
+#include "algorithm.h"
+
+static int
+is_supported(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+}
+
+const Kernel koret_bfloat16_avx512 = {"bfloat16, AVX-512", is_supported, count_bytes, run};
+
+#endif

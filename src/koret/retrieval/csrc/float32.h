@@ -1,0 +1,43 @@
+/* Numbers of float32, one in a word: rows are multiplied as they stand. */
+
+typedef float number;
+typedef float word;
+typedef floats words_of;
+enum { PER_WORD = 1 };
+
+#define load_words(from) load(from)
+#define fill_words(x) fill(x)
+#define multiply_add(a, b, sum) add_product(a, b, sum)
+
+INLINE void
+write_lanes(number *to, floats x)
+{
+    memcpy(to, &x, sizeof(x)); /* a row need not begin with a cache line */
+}
+
+INLINE const word *
+round_rows(const float *rows, long count, number *unused)
+{
+    (void)count, (void)unused;
+    return rows;
+}
+
+/* PER_WORD rows of n floats -> n words. */
+INLINE void
+join_rows(const float *rows, long n, word *out)
+{
+    for (long i = 0; i < n; i += LANES)
+        store(out + i, load(rows + i));
+}
+
+/* PER_WORD rows of n numbers, of which `there` are (maybe none) and the rest are zeros -> n words. */
+INLINE void
+join_numbers(const number *rows, long step, long there, long n, word *out)
+{
+    (void)step;
+    for (long i = 0; i < n; i += LANES)
+        if (there > 0)
+            memcpy(out + i, rows + i, LANES * sizeof(number));
+        else
+            store(out + i, fill(0));
+}

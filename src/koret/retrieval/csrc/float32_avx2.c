@@ -1,0 +1,24 @@
+/* Attention in float32 with AVX2. */
+
+#include "kernel.h"
+
+#ifdef KORET_HAS_KERNELS
+
+#include <string.h>
+
+#define TARGET __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+#include "avx2.h"
+#include "float32.h"
+#include "algorithm.h"
+
+static int
+is_supported(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+const Kernel koret_float32_avx2 = {"float32, AVX2", is_supported, count_bytes, run};
+
+#endif

@@ -1,0 +1,33 @@
+/* Attention within each of many texts, forward and backward, for koret.retrieval.compiled.
+ *
+ * T tokens of N texts stand one behind the other. Each has 3 H heads of D numbers, those of its query, its key and its
+ * value: the output of one projection. A unit of work is one head of one text. Nothing of the size of length x length
+ * is kept: scores live a few rows at a time, and the backward pass computes them again (Dao 2023, arXiv 2307.08691,
+ * without its tiling of keys: a row of scores of one text stays in the processor's cache). */
+
+#ifndef KORET_KERNEL_H
+#define KORET_KERNEL_H
+
+#include <stddef.h>
+
+typedef struct {
+    const void *qkv;      /* (T, 3, H, D) */
+    const void *gradient; /* (T, H, D) of the output; NULL: forward */
+    void *result;         /* (T, H, D) the output, or (T, 3, H, D) the gradient of qkv */
+    const int *bounds;    /* (N + 1) where each text begins, and where the last ends */
+    long heads, size, longest;
+} Task;
+
+typedef struct {
+    const char *name;                              /* the type of the numbers and what the processor has to have */
+    int (*is_supported)(void);                     /* by this processor */
+    size_t (*count_bytes)(const Task *);           /* of memory for one unit at a time */
+    void (*run)(const Task *, long unit, void *memory); /* forward or backward; memory in lines of 64 bytes */
+} Kernel;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define KORET_HAS_KERNELS
+extern const Kernel koret_bfloat16_avx512, koret_float32_avx512, koret_float32_avx2;
+#endif
+
+#endif

@@ -1,0 +1,125 @@
+/* Compiled attention for koret.retrieval.compiled, which chooses, checks what it passes, and says what is computed. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "kernel.h"
+
+#define VERSION 1 /* compiled.py asks for this one: raise both whenever a call or a result changes */
+
+static const Kernel *const kernels[] = {
+#ifdef KORET_HAS_KERNELS
+    &koret_bfloat16_avx512,
+    &koret_float32_avx512,
+    &koret_float32_avx2,
+#endif
+    NULL,
+};
+
+PyDoc_STRVAR(list_kernels_doc, "list_kernels() -> [str]\n\nNames of the kernels that this processor can run, best first.");
+
+static PyObject *
+list_kernels(PyObject *module, PyObject *unused)
+{
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names && kernels[i]; i++) {
+        if (!kernels[i]->is_supported())
+            continue;
+        PyObject *name = PyUnicode_FromString(kernels[i]->name);
+        if (!name || PyList_Append(names, name) < 0)
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+/* 0, or -1 where there is no memory. The units are dealt out one by one, for texts differ in length. */
+static int
+run_units(const Kernel *kernel, const Task *task, long units, int threads)
+{
+    const size_t bytes = (kernel->count_bytes(task) + 63) / 64 * 64;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        void *memory = aligned_alloc(64, bytes);
+        if (!memory) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic)
+        for (long unit = 0; unit < units; unit++)
+            if (memory)
+                kernel->run(task, unit, memory);
+        free(memory);
+    }
+    return failed ? -1 : 0;
+}
+
+PyDoc_STRVAR(run_doc,
+"run(kernel, qkv, gradient, result, bounds, texts, longest, heads, size, threads)\n\n"
+"Attention within each text, by the kernel of this name. The next four are addresses: see Task in kernel.h.\n"
+"Raises ValueError for a kernel there is not, MemoryError.");
+
+static PyObject *
+run(PyObject *module, PyObject *args)
+{
+    const char *name;
+    unsigned long long qkv, gradient, result, bounds;
+    long texts, longest, heads, size;
+    int threads;
+    if (!PyArg_ParseTuple(args, "sKKKKlllli", &name, &qkv, &gradient, &result, &bounds, &texts, &longest, &heads, &size,
+                          &threads))
+        return NULL;
+    const Kernel *kernel = NULL;
+    for (int i = 0; kernels[i]; i++)
+        if (!strcmp(kernels[i]->name, name) && kernels[i]->is_supported())
+            kernel = kernels[i];
+    if (!kernel)
+        return PyErr_Format(PyExc_ValueError, "this processor has no kernel '%s'", name);
+    const Task task = {
+        .qkv = (const void *)(uintptr_t)qkv,
+        .gradient = (const void *)(uintptr_t)gradient,
+        .result = (void *)(uintptr_t)result,
+        .bounds = (const int *)(uintptr_t)bounds,
+        .heads = heads,
+        .size = size,
+        .longest = longest,
+    };
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = run_units(kernel, &task, texts * heads, threads);
+    Py_END_ALLOW_THREADS
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"list_kernels", list_kernels, METH_NOARGS, list_kernels_doc},
+    {"run", run, METH_VARARGS, run_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+start_module(PyObject *module)
+{
+    return PyModule_AddIntConstant(module, "VERSION", VERSION);
+}
+
+static PyModuleDef_Slot steps[] = {{Py_mod_exec, start_module}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_attention",
+    .m_doc = "Attention within each of many texts; see koret.retrieval.compiled.",
+    .m_methods = methods,
+    .m_slots = steps,
+};
+
+PyMODINIT_FUNC
+PyInit__attention(void)
+{
+    return PyModuleDef_Init(&definition);
+}

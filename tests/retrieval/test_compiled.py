@@ -1,0 +1,313 @@
+"""koret's compiled attention against the formula in float64: values, gradients, and memory that is not its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_packed import FAMILIES, ODD_LENGTHS, SHAPE, draw_ids, pool_padded
+from torch.autograd.graph import saved_tensors_hooks
+
+from koret.retrieval import attention, compiled, packed
+from koret.retrieval.attention import BlockAttention, FlatTexts, mix_flat, mix_plainly
+from koret.retrieval.compiled import CompiledKernel, find_compiled, load_kernels
+from koret.retrieval.layout import plan_layout
+
+CPU = torch.device("cpu")
+KERNELS = [] if load_kernels() is None else load_kernels().list_kernels()
+EVERY_KERNEL = pytest.mark.parametrize(
+    "name", KERNELS or [pytest.param("none", marks=pytest.mark.skip(reason="no compiled kernel for this processor"))]
+)
+HEADS = 2
+
+
+def find_type(name: str) -> torch.dtype:
+    return getattr(torch, name.split(",")[0])
+
+
+def draw(name: str, lengths, size: int, spare: int = 0, sharp: float = 1.5):
+    """q, k and v of tokens, and a gradient of the output, in the kernel's type."""
+    own = torch.Generator().manual_seed(len(lengths) + size)
+    tokens, width = sum(lengths) + spare, HEADS * size
+    qkv = sharp * torch.randn(tokens, 3 * width, generator=own)
+    return qkv.to(find_type(name)), torch.randn(tokens, width, generator=own).to(find_type(name))
+
+
+def describe(name: str, lengths) -> FlatTexts:
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return FlatTexts(bounds, max(lengths), CompiledKernel(name))
+
+
+def differentiate(mix, qkv, gradient):
+    qkv = qkv.detach().requires_grad_()
+    mixed = mix(qkv)
+    return [part.detach() for part in (mixed, *torch.autograd.grad(mixed, qkv, gradient)[0].chunk(3, dim=1))]
+
+
+def run(name, lengths, qkv, gradient):
+    return differentiate(lambda x: mix_flat(x, describe(name, lengths), HEADS), qkv, gradient)
+
+
+def measure(found, exact) -> float:
+    """The largest difference, of the largest value."""
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True))
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 80, 96, 112, 128, 256])
+def test_gives_the_values_and_gradients_of_the_formula(name, size):
+    lengths = [*ODD_LENGTHS, 16, 17, 15, 32, 300]
+    qkv, gradient = draw(name, lengths, size)
+    exact = differentiate(lambda x: mix_plainly(x, lengths, HEADS), qkv.double(), gradient.double())
+    allowed = 3e-6 if find_type(name) == torch.float32 else 0.012
+    assert measure(run(name, lengths, qkv, gradient), exact) < allowed
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("bfloat16")] or ["none"])
+def test_bfloat16_is_no_less_exact_than_torchs_products(name):
+    if name == "none":
+        pytest.skip("this processor multiplies no pairs of bfloat16")
+    lengths = [40, 100, 256]
+    qkv, gradient = draw(name, lengths, 32)
+    exact = differentiate(lambda x: mix_plainly(x, lengths, HEADS), qkv.double(), gradient.double())
+    layout = plan_layout(lengths)
+    groups = [(at, n, length, None if m is None else m.bfloat16()) for at, n, length, m in layout.groups]
+    rows = torch.cat([torch.arange(s, s + n) for s, n in zip(layout.starts, layout.lengths, strict=True)])
+    packed_qkv, packed_gradient = qkv.new_zeros(layout.tokens, qkv.shape[1]), gradient.new_zeros(layout.tokens, 64)
+    packed_qkv[rows], packed_gradient[rows] = qkv, gradient
+    blocks = differentiate(lambda x: BlockAttention.apply(x, groups, HEADS), packed_qkv, packed_gradient)
+    for mine, theirs, true in zip(run(name, lengths, qkv, gradient), blocks, exact, strict=True):
+        assert (mine.double() - true).pow(2).mean() < 1.1 * (theirs[rows].double() - true).pow(2).mean()
+
+
+@EVERY_KERNEL
+def test_a_text_is_the_same_alone_and_among_others_and_with_any_number_of_threads(name):
+    lengths = [7, 129, 33, 1, 16, 250]
+    qkv, gradient = draw(name, lengths, 32)
+    threads = torch.get_num_threads()
+    together = run(name, lengths, qkv, gradient)
+    try:
+        torch.set_num_threads(2)
+        for again in (run(name, lengths, qkv, gradient) for _ in range(3)):
+            assert all(map(torch.equal, again, together))
+    finally:
+        torch.set_num_threads(threads)
+    at = 0
+    for length in lengths:
+        own = slice(at, at + length)
+        alone = run(name, [length], qkv[own], gradient[own])
+        assert all(torch.equal(a, b[own]) for a, b in zip(alone, together, strict=True))
+        at += length
+
+
+@EVERY_KERNEL
+def test_scores_of_any_size_are_no_exception(name):
+    lengths = [5, 70]
+    for sharp in (1e-3, 30.0, 1e3):  # all alike; one key takes all; far beyond what e^x can hold
+        qkv, gradient = draw(name, lengths, 32, sharp=sharp)
+        exact, *_ = differentiate(lambda x: mix_plainly(x, lengths, HEADS), qkv.double(), gradient.double())
+        mixed, *grads = run(name, lengths, qkv, gradient)
+        assert measure([mixed], [exact]) < (1e-4 if find_type(name) == torch.float32 else 0.012), sharp
+        assert all(torch.isfinite(part.float()).all() for part in grads), sharp
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_what_is_no_number_stays_in_its_text_and_is_not_swallowed(name, bad, part):
+    lengths = [20, 40, 9]
+    qkv, gradient = draw(name, lengths, 16)
+    before = run(name, lengths, qkv, gradient)
+    qkv[30, part * HEADS * 16 + 3] = bad  # one number of one token of the second text
+    after = run(name, lengths, qkv, gradient)
+    formula = differentiate(lambda x: mix_plainly(x, lengths, HEADS), qkv.double(), gradient.double())
+    for mine, true in zip(after, formula, strict=True):
+        assert torch.isfinite(mine[20:60].float()).all() == torch.isfinite(true[20:60]).all()
+    assert not torch.isfinite(after[0][20:60].float()).all()
+    for own in (slice(0, 20), slice(60, 69)):
+        assert all(torch.equal(a[own], b[own]) for a, b in zip(after, before, strict=True))
+
+
+@EVERY_KERNEL
+def test_tokens_of_no_text_get_zeros_whatever_they_hold(name):
+    lengths = [3, 60, 17]
+    qkv, gradient = draw(name, lengths, 32, spare=16)
+    expected = run(name, lengths, qkv[:80], gradient[:80])
+    qkv[80:], gradient[80:] = float("nan"), float("nan")
+    for mine, without in zip(run(name, lengths, qkv, gradient), expected, strict=True):
+        assert torch.equal(mine[:80], without) and not mine[80:].any()
+
+
+@EVERY_KERNEL
+def test_writes_no_byte_beside_its_result_and_reads_none_beside_its_texts(name):
+    """Everything lies in the middle of larger memory, of NaN around what is read."""
+    for lengths in ([1], [16, 31], [33, 8, 100]):
+        for size in (16, 48, 64):
+            qkv, gradient = draw(name, lengths, size)
+            expected = run(name, lengths, qkv, gradient)
+            framed = [torch.full((len(x) + 64, x.shape[1]), float("nan"), dtype=x.dtype) for x in (qkv, gradient)]
+            for frame, x in zip(framed, (qkv, gradient), strict=True):
+                frame[32:-32] = x
+            texts = describe(name, lengths)
+            for given, width in ((None, HEADS * size), (framed[1], 3 * HEADS * size)):
+                result = torch.full((len(qkv) + 64, width), 7.0, dtype=qkv.dtype)
+                load_kernels().run(
+                    name,
+                    framed[0][32:].data_ptr(),
+                    0 if given is None else given[32:].data_ptr(),
+                    result[32:].data_ptr(),
+                    texts.bounds.data_ptr(),
+                    len(lengths),
+                    max(lengths),
+                    HEADS,
+                    size,
+                    1,
+                )
+                whole = expected[0] if given is None else torch.cat(expected[1:], dim=1)
+                assert torch.equal(result[32:-32], whole)
+                assert (result[:32] == 7).all() and (result[-32:] == 7).all()
+
+
+@EVERY_KERNEL
+def test_keeps_nothing_of_the_size_of_length_by_length(name):
+    qkv, _ = draw(name, [512], 32)
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        mix_flat(qkv.requires_grad_(), describe(name, [512]), HEADS)
+    assert sorted(kept) == [2, qkv.numel()]
+
+
+@EVERY_KERNEL
+def test_numbers_that_are_not_side_by_side_are_read_right(name):
+    """A gradient that torch has expanded from one number, and a projection that is a part of a wider one."""
+    lengths = [30, 11]
+    qkv, _ = draw(name, lengths, 16)
+    wide = torch.cat([qkv, qkv], dim=1)
+    one = torch.ones((), dtype=qkv.dtype).expand(41, HEADS * 16)
+    expected = run(name, lengths, qkv, one.contiguous())
+    assert all(map(torch.equal, run(name, lengths, wide[:, : qkv.shape[1]], one), expected))
+
+
+# ---- the encoder on it
+
+
+def build(family: str):
+    """As test_packed's, with heads of 16 numbers."""
+    torch.manual_seed(0)
+    config, model = FAMILIES[family]
+    extra = {"embedding_size": 24} if family == "electra" else {}
+    module = model(config(**{**SHAPE, "hidden_size": 64}, **extra)).eval()
+    for parameter in module.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["query", "key", "value", "dense"])
+    module = get_peft_model(module, settings)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return module.double()
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("pooling", "checkpointing"), [("mean", False), ("cls", True)])
+@pytest.mark.parametrize("most", [packed.SLICE, 100], ids=["one slice", "slices"])
+def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
+    name, family, pooling, checkpointing, most, monkeypatch
+):
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    monkeypatch.setattr(packed, "SLICE", most)
+    module, ids = build(family), draw_ids(ODD_LENGTHS)
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    weights = torch.randn(len(ids), 64, dtype=torch.float64)
+    exact = pool_padded(module, ids, pooling)
+    expected = torch.autograd.grad((exact * weights).sum(), trained)
+    encoder = packed.PackedEncoder(module.float(), pooling, find_type(name), checkpointing)
+    assert encoder.path.kernel == CompiledKernel(name) and name in encoder.path.words
+    vectors = encoder.forward(ids)
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    found = torch.autograd.grad((vectors.double() * weights).sum(), trained)
+    if find_type(name) == torch.float32:
+        assert (vectors - exact).abs().max() < 1e-5
+        for mine, reference in zip(found, expected, strict=True):
+            assert (mine - reference).abs().max() < 1e-4 * reference.abs().max()
+    else:
+        assert torch.cosine_similarity(vectors.double(), exact, dim=1).min() > 0.998
+        for mine, reference in zip(found, expected, strict=True):
+            assert torch.cosine_similarity(mine.double().flatten(), reference.flatten(), dim=0) > 0.99
+
+
+# ---- which kernel
+
+
+@EVERY_KERNEL
+def test_every_kernel_passes_the_check_of_its_first_use(name, caplog):
+    for size in (16, 32, 64, 256):
+        assert attention.check_kernel(name, CompiledKernel(name), CPU, find_type(name), size)
+    assert not caplog.records
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    """The formula in torch with another scale, in place of the compiled call."""
+
+    def run_wrongly(qkv, gradient, bounds, longest, heads, kernel):
+        lengths = bounds.diff().tolist()
+        return mix_plainly(1.1 * qkv.float(), lengths, heads) if gradient is None else torch.zeros_like(qkv)
+
+    monkeypatch.setattr(compiled, "_run", run_wrongly)
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel("wrong"))
+    path = attention.choose_path(CPU, torch.float32, 64)
+    assert (path.layout, path.kernel, path.takes_slices) == ("blocks", None, True)
+    assert "the variable-length attention of wrong is not used on cpu (its output is off by" in caplog.text
+
+
+def test_the_kernel_follows_type_and_head_size():
+    for dtype in (torch.float16, torch.float64):
+        assert find_compiled(dtype, 64) is None
+    for dtype in (torch.bfloat16, torch.float32):
+        assert find_compiled(dtype, 8) is find_compiled(dtype, 20) is find_compiled(dtype, 272) is None
+        wanted = [name for name in KERNELS if find_type(name) == dtype]
+        assert find_compiled(dtype, 64) == (CompiledKernel(wanted[0]) if wanted else None)
+        path = attention.choose_path(CPU, dtype, 64)
+        assert path.layout == ("flat" if wanted else "blocks") and path.takes_slices
+
+
+def test_the_list_is_that_of_the_processor():
+    """As torch reads the processor's features, by another library."""
+    if load_kernels() is None:
+        pytest.skip("koret.retrieval._attention is not built, or switched off")
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
+    if has is None or "avx2" not in has:
+        pytest.skip("this torch does not say what the processor has")
+    assert ("float32, AVX2" in KERNELS) == has["avx2"]
+    assert ("float32, AVX-512" in KERNELS) == has["avx512_f"]
+    assert ("bfloat16, AVX-512" in KERNELS) == has["avx512_bf16"]
+
+
+def test_a_name_that_is_no_kernel_is_refused():
+    if load_kernels() is None:
+        pytest.skip("koret.retrieval._attention is not built, or switched off")
+    with pytest.raises(ValueError, match="this processor has no kernel 'float16, SSE'"):
+        load_kernels().run("float16, SSE", 0, 0, 0, 0, 0, 0, 1, 16, 1)
+
+
+def test_what_was_built_is_of_this_version():
+    source = (Path(compiled.__file__).parent / "csrc" / "module.c").read_text(encoding="utf-8")
+    assert f"#define VERSION {compiled.VERSION} " in source
+    built = pytest.importorskip("koret.retrieval._attention", reason="koret.retrieval._attention is not built")
+    assert built.VERSION == compiled.VERSION, "it was built from older C: make setup builds it anew"
+
+
+def test_the_variable_chooses_torch():
+    code = (
+        "import torch; from koret.retrieval.attention import choose_path;"
+        "print(choose_path(torch.device('cpu'), torch.float32, 64).words)"
+    )
+    command = [sys.executable, "-c", code]
+    chosen = subprocess.run(command, env={"KORET_PURE_PYTHON": "1", "PYTHONPATH": ":".join(sys.path)}, text=True,
+                            capture_output=True, check=True)  # fmt: skip
+    assert chosen.stdout.strip() == "padding-free"
