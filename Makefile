@@ -44,4 +44,4 @@ sample: $(STAMP) ## rebuild the embedded sample from tools/sample/articles
 	$(BIN)/python tools/sample/build.py
 
 clean: ## remove the environment and caches (runs in logs/ stay)
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/koret/data/_scan.* src/koret/retrieval/_attention.*
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/koret/data/_scan.* src/koret/retrieval/_kernels.*

@@ -17,4 +17,4 @@ def describe(name: str, *flags: str) -> Extension:
     )
 
 
-setup(ext_modules=[describe("koret.data._scan"), describe("koret.retrieval._attention", "-O3", "-fopenmp")])
+setup(ext_modules=[describe("koret.data._scan"), describe("koret.retrieval._kernels", "-O3", "-fopenmp")])

@@ -22,7 +22,7 @@ LAYERS = [
     ["retrieval"],
     ["data"],
     ["runs"],
-    ["config", "files", "privacy", "figures"],
+    ["config", "files", "privacy", "figures", "native"],
 ]
 HEAVY = ("torch", "transformers", "sentence_transformers", "peft")
 

@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_packed import FAMILIES, ODD_LENGTHS, SHAPE, draw_ids, pool_padded
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import BertConfig, BertModel
 
 from koret.retrieval import attention, compiled, packed
 from koret.retrieval.attention import BlockAttention, FlatTexts, mix_flat, mix_plainly
-from koret.retrieval.compiled import CompiledKernel, find_compiled, load_kernels
+from koret.retrieval.compiled import CompiledGelu, CompiledKernel, find_compiled, load_kernels
 from koret.retrieval.layout import plan_layout
 
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def test_writes_no_byte_beside_its_result_and_reads_none_beside_its_texts(name):
             texts = describe(name, lengths)
             for given, width in ((None, HEADS * size), (framed[1], 3 * HEADS * size)):
                 result = torch.full((len(qkv) + 64, width), 7.0, dtype=qkv.dtype)
-                load_kernels().run(
+                load_kernels().attend(
                     name,
                     framed[0][32:].data_ptr(),
                     0 if given is None else given[32:].data_ptr(),
@@ -193,6 +194,73 @@ def test_numbers_that_are_not_side_by_side_are_read_right(name):
     assert all(map(torch.equal, run(name, lengths, wide[:, : qkv.shape[1]], one), expected))
 
 
+# ---- GELU
+
+
+def activate(name, x):
+    x = x.detach().requires_grad_()
+    y = CompiledGelu.apply(x, CompiledKernel(name))
+    return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+@EVERY_KERNEL
+def test_gelu_and_its_slope_are_those_of_torch_in_float64(name):
+    whole = torch.linspace(-14, 14, 20011)
+    x = torch.cat([whole, whole / 100, whole * 1e-6, torch.tensor([0.0, -0.0, 1e30, -1e30, 3e38])]).to(find_type(name))
+    y, slope = activate(name, x)
+    wide = x.double().requires_grad_()
+    true = torch.nn.functional.gelu(wide)
+    (steep,) = torch.autograd.grad(true.sum(), wide)
+    true = true.detach()
+    if find_type(name) == torch.float32:
+        assert ((y - true).abs() <= 3e-7 * x.double().abs() + 1e-30).all() and (slope - steep).abs().max() < 1e-6
+    else:  # as near as rounding to 8 bits leaves it, tails included
+        assert ((y - true).abs() <= 2**-8 * true.abs() + 1e-7 * x.double().abs().clamp(max=14) + 1e-30).all()
+        assert ((slope - steep).abs() <= 2**-8 * steep.abs() + 1e-6).all()
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 33, 4096, 4097, 9000])
+def test_gelu_of_any_number_of_numbers_and_threads(name, count):
+    x = torch.randn(count + 40).to(find_type(name))[3 : count + 3]  # not at a cache line
+    threads, single = torch.get_num_threads(), activate(name, x)
+    try:
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, activate(name, x), single))
+    finally:
+        torch.set_num_threads(threads)
+    step = 1e-5 if find_type(name) == torch.float32 else 0.02
+    assert torch.allclose(single[0].float(), torch.nn.functional.gelu(x.float()), atol=step)
+
+
+@EVERY_KERNEL
+def test_gelu_passes_on_what_is_no_number_and_touches_nothing_beside_it(name):
+    x = torch.tensor([1.0, float("nan"), float("inf"), 2.0]).to(find_type(name))
+    y, slope = activate(name, x)
+    assert torch.isnan(y[1]) and torch.isnan(slope[1]) and y[2] == float("inf")
+    assert torch.isfinite(y[[0, 3]]).all() and torch.isfinite(slope[[0, 3]]).all()
+    frames = [torch.full((64,), 7.0).to(x.dtype) for _ in range(2)]
+    addresses = [frame[20:].data_ptr() for frame in frames]
+    load_kernels().activate(name, x.data_ptr(), *addresses, 4, x.element_size(), 1)
+    for frame in frames:
+        assert (frame[:20] == 7).all() and (frame[24:] == 7).all() and not (frame[20:24] == 7).any()
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize(("activation", "compiled_one"), [("gelu", True), ("gelu_new", False), ("relu", False)])
+def test_other_activations_are_left_to_torch(name, activation, compiled_one, monkeypatch):
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    torch.manual_seed(0)
+    module = BertModel(BertConfig(**{**SHAPE, "hidden_size": 64, "hidden_act": activation})).eval()
+    calls, apply = [], CompiledGelu.apply
+    monkeypatch.setattr(CompiledGelu, "apply", lambda *given: calls.append(1) or apply(*given))
+    ids = draw_ids([5, 30])
+    vectors = packed.PackedEncoder(module, "mean", find_type(name)).forward(ids)
+    assert bool(calls) == compiled_one
+    with torch.no_grad():
+        assert torch.cosine_similarity(vectors.double(), pool_padded(module.double(), ids), dim=1).min() > 0.999
+
+
 # ---- the encoder on it
 
 
@@ -227,7 +295,7 @@ def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
     exact = pool_padded(module, ids, pooling)
     expected = torch.autograd.grad((exact * weights).sum(), trained)
     encoder = packed.PackedEncoder(module.float(), pooling, find_type(name), checkpointing)
-    assert encoder.path.kernel == CompiledKernel(name) and name in encoder.path.words
+    assert encoder.path.kernel == CompiledKernel(name) and encoder.path.words.endswith(f"({name.split(', ')[1]})")
     vectors = encoder.forward(ids)
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
     found = torch.autograd.grad((vectors.double() * weights).sum(), trained)
@@ -258,7 +326,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
         lengths = bounds.diff().tolist()
         return mix_plainly(1.1 * qkv.float(), lengths, heads) if gradient is None else torch.zeros_like(qkv)
 
-    monkeypatch.setattr(compiled, "_run", run_wrongly)
+    monkeypatch.setattr(compiled, "_attend", run_wrongly)
     monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel("wrong"))
     path = attention.choose_path(CPU, torch.float32, 64)
     assert (path.layout, path.kernel, path.takes_slices) == ("blocks", None, True)
@@ -279,7 +347,7 @@ def test_the_kernel_follows_type_and_head_size():
 def test_the_list_is_that_of_the_processor():
     """As torch reads the processor's features, by another library."""
     if load_kernels() is None:
-        pytest.skip("koret.retrieval._attention is not built, or switched off")
+        pytest.skip("koret.retrieval._kernels is not built, or switched off")
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
     if has is None or "avx2" not in has:
         pytest.skip("this torch does not say what the processor has")
@@ -290,15 +358,15 @@ def test_the_list_is_that_of_the_processor():
 
 def test_a_name_that_is_no_kernel_is_refused():
     if load_kernels() is None:
-        pytest.skip("koret.retrieval._attention is not built, or switched off")
+        pytest.skip("koret.retrieval._kernels is not built, or switched off")
     with pytest.raises(ValueError, match="this processor has no kernel 'float16, SSE'"):
-        load_kernels().run("float16, SSE", 0, 0, 0, 0, 0, 0, 1, 16, 1)
+        load_kernels().attend("float16, SSE", 0, 0, 0, 0, 0, 0, 1, 16, 1)
 
 
 def test_what_was_built_is_of_this_version():
     source = (Path(compiled.__file__).parent / "csrc" / "module.c").read_text(encoding="utf-8")
     assert f"#define VERSION {compiled.VERSION} " in source
-    built = pytest.importorskip("koret.retrieval._attention", reason="koret.retrieval._attention is not built")
+    built = pytest.importorskip("koret.retrieval._kernels", reason="koret.retrieval._attention is not built")
     assert built.VERSION == compiled.VERSION, "it was built from older C: make setup builds it anew"
 
 

@@ -36,7 +36,7 @@ def encoder() -> TextEncoder:
 def test_vectors_equal_those_of_sentence_transformers(encoder, kind):
     prefixed = [f"{kind}: {text}" for text in TEXTS]
     assert np.allclose(encoder.encode(TEXTS, kind), encoder.model.encode(prefixed), atol=2e-6)
-    assert encoder.path == "padding-free"
+    assert encoder.path.startswith("padding-free")
 
 
 def test_saved_encoder_gives_the_same_vectors_in_plain_sentence_transformers(encoder, tmp_path):

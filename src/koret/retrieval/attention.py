@@ -85,7 +85,7 @@ def choose_path(device: torch.device, dtype: torch.dtype, head_size: int) -> Att
     if device.type == "cpu":
         compiled = find_compiled(dtype, head_size)
         if compiled is not None and check_kernel(compiled.name, compiled, device, dtype, head_size):
-            return AttentionPath("flat", compiled, f"padding-free, compiled attention ({compiled.name})")
+            return AttentionPath("flat", compiled, f"padding-free, compiled kernels ({compiled.instructions})")
         return AttentionPath("blocks", None, "padding-free")
     if device.type == "cuda":
         reason = explain_padding(dtype, head_size, torch.cuda.get_device_capability(device))

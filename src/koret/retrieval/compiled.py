@@ -1,9 +1,9 @@
-"""Attention within each text by koret's own compiled kernels (``csrc``): on CPU, forward and backward.
+"""koret's own compiled kernels (``csrc``) on CPU: attention within each text, and GELU, forward and backward.
 
-A kernel reads q, k and v where the projection wrote them, keeps nothing as large as length x length, and spends nothing
-on padding. There is one for bfloat16, where the processor multiplies pairs of it (AVX-512), and one for float32, with
-AVX-512 or AVX2; elsewhere, and where no compiler was found, ``attention.BlockAttention`` does the same in torch.
-KORET_PURE_PYTHON=1 chooses that.
+Attention reads q, k and v where the projection wrote them, keeps nothing as large as length x length, and spends nothing
+on padding. GELU gives its slope along with its value, so that its backward pass is a product. There are kernels for
+bfloat16, where the processor multiplies pairs of it (AVX-512), and for float32, with AVX-512 or AVX2; elsewhere, and
+where no compiler was found, torch computes the same: ``attention.BlockAttention``. KORET_PURE_PYTHON=1 chooses that.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ HEAD_STEP, LARGEST_HEAD = 16, 256  # numbers of a head that the kernels take
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel by the name that ``csrc`` gives it: the type of its numbers and what of the processor it needs."""
+    """Kernels by the name that ``csrc`` gives them: the type of their numbers and what of the processor they need."""
 
     name: str
+
+    @property
+    def instructions(self) -> str:
+        """What they need of the processor."""
+        return self.name.rpartition(", ")[2]
 
 
 def load_kernels() -> ModuleType | None:
     """The extension that holds them, where it was built."""
-    return load_extension("koret.retrieval._attention", VERSION)
+    return load_extension("koret.retrieval._kernels", VERSION)
 
 
 def find_compiled(dtype: torch.dtype, head_size: int) -> CompiledKernel | None:
@@ -53,15 +58,15 @@ class CompiledAttention(torch.autograd.Function):
         """qkv (T, 3C) and where each text begins and the last ends (N + 1,) int32 -> (T, C)."""
         ctx.save_for_backward(qkv, bounds)
         ctx.rest = longest, heads, kernel
-        return _run(qkv, None, bounds, *ctx.rest)
+        return _attend(qkv, None, bounds, *ctx.rest)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, bounds = ctx.saved_tensors
-        return _run(qkv, gradient, bounds, *ctx.rest), None, None, None, None
+        return _attend(qkv, gradient, bounds, *ctx.rest), None, None, None, None
 
 
-def _run(
+def _attend(
     qkv: Tensor, gradient: Tensor | None, bounds: Tensor, longest: int, heads: int, kernel: CompiledKernel
 ) -> Tensor:
     """The output (T, C), or the gradient of qkv (T, 3C) where the output's is given."""
@@ -76,7 +81,7 @@ def _run(
         assert gradient.shape == (tokens, width)
     texts, end = len(bounds) - 1, int(bounds[-1])
     assert end <= tokens and longest >= int(bounds.diff().max())
-    extension.run(
+    extension.attend(
         kernel.name,
         qkv.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
@@ -90,3 +95,34 @@ def _run(
     )
     result[end:] = 0
     return result
+
+
+class CompiledGelu(torch.autograd.Function):
+    """x F(x), F being the normal distribution's (Hendrycks and Gimpel 2016, arXiv 1606.08415); keeps the slope, not x.
+
+    In bfloat16 the slope is rounded like everything else.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: CompiledKernel) -> Tensor:
+        """Any shape -> the same shape."""
+        extension = load_kernels()
+        assert extension is not None and x.device.type == "cpu"
+        x = x.contiguous()
+        y, slope = torch.empty_like(x), torch.empty_like(x)
+        extension.activate(
+            kernel.name,
+            x.data_ptr(),
+            y.data_ptr(),
+            slope.data_ptr(),
+            x.numel(),
+            x.element_size(),
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
+from koret.retrieval.compiled import CompiledGelu, CompiledKernel
 from koret.retrieval.layout import cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 from koret.retrieval.linear import (
     Adapters,
@@ -95,6 +96,7 @@ class PackedEncoder:
         self.head_size = config.hidden_size // self.heads
         self.epsilon = config.layer_norm_eps
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
+        self.takes_gelu = config.hidden_act == "gelu"  # the exact one
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
@@ -214,8 +216,14 @@ class PackedEncoder:
         if rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
         x = F.layer_norm(join.apply(mixed).add_(x), (x.shape[1],), *layer.norms[0], self.epsilon)
-        hidden = self.activation(widen.apply(x))
+        hidden = self._activate(widen.apply(x))
         return F.layer_norm(narrow.apply(hidden).add_(x), (x.shape[1],), *layer.norms[1], self.epsilon)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        kernel = self.path.kernel
+        if torch.is_grad_enabled() and self.takes_gelu and isinstance(kernel, CompiledKernel):
+            return CompiledGelu.apply(x, kernel)
+        return self.activation(x)
 
     def _read_linear(self, modules: Sequence[nn.Module], adapters: Adapters | None, tokens: int) -> Linear:
         bases = [find_base(module) for module in modules]

@@ -43,3 +43,10 @@ replace_lanes(floats x, long count, floats y)
     const __m256 lanes = _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0);
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(lanes, fill((float)count), _CMP_LT_OQ));
 }
+
+/* Lanes of one where x has its sign set, of the other where not. */
+INLINE floats
+choose_by_sign(floats x, floats negative, floats positive)
+{
+    return _mm256_blendv_ps(positive, negative, x);
+}

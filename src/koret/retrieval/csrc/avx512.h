@@ -22,3 +22,10 @@ replace_lanes(floats x, long count, floats y)
     const unsigned kept = count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
     return _mm512_mask_blend_ps((__mmask16)kept, y, x);
 }
+
+/* Lanes of one where x has its sign set, of the other where not. */
+INLINE floats
+choose_by_sign(floats x, floats negative, floats positive)
+{
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), positive, negative);
+}

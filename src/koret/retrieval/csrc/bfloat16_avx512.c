@@ -1,4 +1,4 @@
-/* Attention in bfloat16 with AVX-512's products of pairs: sums and softmax in float32, P and dS rounded. */
+/* The kernels in bfloat16 with AVX-512's products of pairs: sums, softmax and GELU in float32, P and dS rounded. */
 
 #include "kernel.h"
 
@@ -20,6 +20,13 @@ enum { PER_WORD = 2 };
 #define load_words(from) ((__m512bh)_mm512_load_si512(from))
 #define fill_words(x) ((__m512bh)_mm512_set1_epi32((int)(x)))
 #define multiply_add(a, b, sum) _mm512_dpbf16_ps(sum, a, b)
+
+INLINE floats
+read_lanes(const number *from)
+{
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 
 INLINE void
 write_lanes(number *to, floats x)
@@ -62,7 +69,9 @@ join_numbers(const number *rows, long step, long there, long n, word *out)
                                          there > 1 ? _mm256_loadu_si256((const void *)(rows + step + i)) : none));
 }
 
-#include "algorithm.h"
+#include "exponential.h"
+#include "attention.h"
+#include "activation.h"
 
 static int
 is_supported(void)
@@ -72,6 +81,6 @@ is_supported(void)
            __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
 }
 
-const Kernel koret_bfloat16_avx512 = {"bfloat16, AVX-512", is_supported, count_bytes, run};
+const Kernel koret_bfloat16_avx512 = {"bfloat16, AVX-512", is_supported, count_bytes, run, activate};
 
 #endif

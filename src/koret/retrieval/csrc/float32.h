@@ -9,10 +9,18 @@ enum { PER_WORD = 1 };
 #define fill_words(x) fill(x)
 #define multiply_add(a, b, sum) add_product(a, b, sum)
 
+INLINE floats
+read_lanes(const number *from)
+{
+    floats x; /* a row need not begin with a cache line */
+    memcpy(&x, from, sizeof(x));
+    return x;
+}
+
 INLINE void
 write_lanes(number *to, floats x)
 {
-    memcpy(to, &x, sizeof(x)); /* a row need not begin with a cache line */
+    memcpy(to, &x, sizeof(x));
 }
 
 INLINE const word *

@@ -1,4 +1,4 @@
-/* Attention in float32 with AVX2. */
+/* The kernels in float32 with AVX2. */
 
 #include "kernel.h"
 
@@ -11,7 +11,9 @@
 
 #include "avx2.h"
 #include "float32.h"
-#include "algorithm.h"
+#include "exponential.h"
+#include "attention.h"
+#include "activation.h"
 
 static int
 is_supported(void)
@@ -19,6 +21,6 @@ is_supported(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-const Kernel koret_float32_avx2 = {"float32, AVX2", is_supported, count_bytes, run};
+const Kernel koret_float32_avx2 = {"float32, AVX2", is_supported, count_bytes, run, activate};
 
 #endif

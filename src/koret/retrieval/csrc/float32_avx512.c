@@ -1,4 +1,4 @@
-/* Attention in float32 with AVX-512. */
+/* The kernels in float32 with AVX-512. */
 
 #include "kernel.h"
 
@@ -11,7 +11,9 @@
 
 #include "avx512.h"
 #include "float32.h"
-#include "algorithm.h"
+#include "exponential.h"
+#include "attention.h"
+#include "activation.h"
 
 static int
 is_supported(void)
@@ -20,6 +22,6 @@ is_supported(void)
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-const Kernel koret_float32_avx512 = {"float32, AVX-512", is_supported, count_bytes, run};
+const Kernel koret_float32_avx512 = {"float32, AVX-512", is_supported, count_bytes, run, activate};
 
 #endif

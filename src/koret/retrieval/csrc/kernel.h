@@ -1,9 +1,7 @@
-/* Attention within each of many texts, forward and backward, for koret.retrieval.compiled.
+/* What koret.retrieval.compiled calls: attention within each of many texts, forward and backward, and GELU.
  *
  * T tokens of N texts stand one behind the other. Each has 3 H heads of D numbers, those of its query, its key and its
- * value: the output of one projection. A unit of work is one head of one text. Nothing of the size of length x length
- * is kept: scores live a few rows at a time, and the backward pass computes them again (Dao 2023, arXiv 2307.08691,
- * without its tiling of keys: a row of scores of one text stays in the processor's cache). */
+ * value: the output of one projection. A unit of work is one head of one text. */
 
 #ifndef KORET_KERNEL_H
 #define KORET_KERNEL_H
@@ -23,6 +21,7 @@ typedef struct {
     int (*is_supported)(void);                     /* by this processor */
     size_t (*count_bytes)(const Task *);           /* of memory for one unit at a time */
     void (*run)(const Task *, long unit, void *memory); /* forward or backward; memory in lines of 64 bytes */
+    void (*activate)(const void *x, void *y, void *slope, long count); /* GELU of x, and its slope there */
 } Kernel;
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,4 +1,4 @@
-/* Compiled attention for koret.retrieval.compiled, which chooses, checks what it passes, and says what is computed. */
+/* Compiled kernels for koret.retrieval.compiled, which chooses, checks what it passes, and says what is computed. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -57,13 +57,24 @@ run_units(const Kernel *kernel, const Task *task, long units, int threads)
     return failed ? -1 : 0;
 }
 
-PyDoc_STRVAR(run_doc,
-"run(kernel, qkv, gradient, result, bounds, texts, longest, heads, size, threads)\n\n"
+/* The kernel of this name, or NULL with an exception set. */
+static const Kernel *
+find_kernel(const char *name)
+{
+    for (int i = 0; kernels[i]; i++)
+        if (!strcmp(kernels[i]->name, name) && kernels[i]->is_supported())
+            return kernels[i];
+    PyErr_Format(PyExc_ValueError, "this processor has no kernel '%s'", name);
+    return NULL;
+}
+
+PyDoc_STRVAR(attend_doc,
+"attend(kernel, qkv, gradient, result, bounds, texts, longest, heads, size, threads)\n\n"
 "Attention within each text, by the kernel of this name. The next four are addresses: see Task in kernel.h.\n"
 "Raises ValueError for a kernel there is not, MemoryError.");
 
 static PyObject *
-run(PyObject *module, PyObject *args)
+attend(PyObject *module, PyObject *args)
 {
     const char *name;
     unsigned long long qkv, gradient, result, bounds;
@@ -72,12 +83,9 @@ run(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "sKKKKlllli", &name, &qkv, &gradient, &result, &bounds, &texts, &longest, &heads, &size,
                           &threads))
         return NULL;
-    const Kernel *kernel = NULL;
-    for (int i = 0; kernels[i]; i++)
-        if (!strcmp(kernels[i]->name, name) && kernels[i]->is_supported())
-            kernel = kernels[i];
+    const Kernel *kernel = find_kernel(name);
     if (!kernel)
-        return PyErr_Format(PyExc_ValueError, "this processor has no kernel '%s'", name);
+        return NULL;
     const Task task = {
         .qkv = (const void *)(uintptr_t)qkv,
         .gradient = (const void *)(uintptr_t)gradient,
@@ -96,9 +104,40 @@ run(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(activate_doc,
+"activate(kernel, x, y, slope, count, size, threads)\n\n"
+"GELU of count numbers of size bytes at the address x, and its slope there, to the addresses y and slope.\n"
+"Raises ValueError for a kernel there is not.");
+
+enum { PIECE = 4096 }; /* numbers that a thread takes at a time */
+
+static PyObject *
+activate(PyObject *module, PyObject *args)
+{
+    const char *name;
+    unsigned long long x, y, slope;
+    long count, size;
+    int threads;
+    if (!PyArg_ParseTuple(args, "sKKKlli", &name, &x, &y, &slope, &count, &size, &threads))
+        return NULL;
+    const Kernel *kernel = find_kernel(name);
+    if (!kernel)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long at = 0; at < count; at += PIECE) {
+        const long some = count - at < PIECE ? count - at : PIECE;
+        kernel->activate((const char *)(uintptr_t)x + at * size, (char *)(uintptr_t)y + at * size,
+                         (char *)(uintptr_t)slope + at * size, some);
+    }
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"list_kernels", list_kernels, METH_NOARGS, list_kernels_doc},
-    {"run", run, METH_VARARGS, run_doc},
+    {"attend", attend, METH_VARARGS, attend_doc},
+    {"activate", activate, METH_VARARGS, activate_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -112,14 +151,14 @@ static PyModuleDef_Slot steps[] = {{Py_mod_exec, start_module}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "_attention",
-    .m_doc = "Attention within each of many texts; see koret.retrieval.compiled.",
+    .m_name = "_kernels",
+    .m_doc = "Attention within each of many texts, and GELU; see koret.retrieval.compiled.",
     .m_methods = methods,
     .m_slots = steps,
 };
 
 PyMODINIT_FUNC
-PyInit__attention(void)
+PyInit__kernels(void)
 {
     return PyModuleDef_Init(&definition);
 }

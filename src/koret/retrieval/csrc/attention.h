@@ -1,7 +1,9 @@
-/* The algorithm, for one type of numbers and one width of registers. Whoever includes this has said what `number` is,
- * how many of them are a `word` of 32 bits, and what a register of LANES floats can do.
+/* Attention within each of many texts, for one type of numbers and one width of registers. Whoever includes this has
+ * said what `number` is, how many of them are a `word` of 32 bits, and what a register of LANES floats can do.
  *
- * Everything is a product of rows with a packed matrix whose words lie along the output, so that one instruction
+ * Nothing of the size of length x length is kept: scores live a few rows at a time, and the backward pass computes them
+ * again (Dao 2023, arXiv 2307.08691, without its tiling of keys: a row of one text's scores stays in the processor's
+ * cache). Everything is a product of rows with a packed matrix whose words lie along the output, so that one instruction
  * multiplies one word of a row with LANES of them and adds to LANES sums of float32:
  *
  *     forward   S = Q K^T             P = softmax(S / sqrt(D))       O = P V
@@ -103,22 +105,6 @@ pack_along(const number *x, long step, long n, long padded, long size, word *out
         join_numbers(x + r * step, step, n - r, size, out + r / PER_WORD * size);
 }
 
-/* 2^x for x <= 0, to 1e-7 of it, and never less than about 2^-126; NaN stays NaN. x is cut into a whole number and a
- * rest in [-1/2, 1/2], where a polynomial of degree 5 with the value 1 at 0 is fitted for the smallest largest error. */
-INLINE floats
-exponentiate(floats x)
-{
-    x = largest(fill(-126), x); /* in this order a NaN is passed on */
-    const floats whole = round_lanes(x), rest = x - whole;
-    floats y = fill(1.32647272e-3f);
-    y = add_product(y, rest, fill(9.67151281e-3f));
-    y = add_product(y, rest, fill(5.55073374e-2f));
-    y = add_product(y, rest, fill(2.40222421e-1f));
-    y = add_product(y, rest, fill(6.93146978e-1f));
-    y = add_product(y, rest, fill(1));
-    return shift_exponent(y, whole);
-}
-
 /* A row of n scores -> e^(factor (score - largest)), 0 for padded keys; returns their sum. factor counts in powers of
  * two: it holds the scale and log2(e). */
 INLINE float
@@ -167,8 +153,6 @@ differentiate_row(float *scores, float *gradients, long n, long padded, float fa
     for (long k = 0; k < padded; k += LANES)
         store(gradients + k, load(scores + k) * (load(gradients + k) - mean));
 }
-
-#define LOG2_E 1.44269504f
 
 /* The next piece of a unit's memory, for so many values. */
 #define TAKE(type, count) take_memory(&memory, (count) * sizeof(type))
