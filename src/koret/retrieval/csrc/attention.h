@@ -23,7 +23,7 @@ round_up(long n, long step)
     return (n + step - 1) / step * step;
 }
 
-/* c (rows x columns registers) = a b, or c += a b. The words of a lie `row` and `word` apart. */
+/* c (rows x columns registers) = a b, or c += a b. Rows of a lie `row` words apart, the words of one `step`. */
 INLINE void
 multiply_tile(const int rows, const int columns, long words, const word *a, long row, long step, const word *b,
               long b_row, float *c, long c_row, const int adds)
