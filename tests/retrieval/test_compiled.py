@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,6 +308,26 @@ def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
         assert torch.cosine_similarity(vectors.double(), exact, dim=1).min() > 0.998
         for mine, reference in zip(found, expected, strict=True):
             assert torch.cosine_similarity(mine.double().flatten(), reference.flatten(), dim=0) > 0.99
+
+
+# ---- memory
+
+
+@pytest.mark.slow
+def test_the_compilers_sanitizers_find_nothing(tmp_path):
+    compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
+    if not KERNELS:
+        pytest.skip("no compiled kernel for this processor")
+    folder, program = Path(compiled.__file__).parent / "csrc", tmp_path / "sanitized"
+    sources = [Path(__file__).with_name("sanitized.c"), *folder.glob("*_avx*.c")]
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
+    built = subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], text=True, capture_output=True)
+    if "asan" in built.stderr or "ubsan" in built.stderr:
+        pytest.skip(f"the compiler has no sanitizers: {built.stderr[-200:]}")
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([program], text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines() == KERNELS
 
 
 # ---- which kernel

@@ -174,10 +174,10 @@ count_bytes(const Task *task)
     return (task->gradient ? backward : forward) * sizeof(float) + 16 * 64;
 }
 
-static inline float
+INLINE float
 invert_root(long size)
 {
-    return 1 / __builtin_sqrtf((float)size);
+    return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)size)));
 }
 
 TARGET static void

@@ -1,0 +1,82 @@
+/* Every kernel on texts of random lengths, each array alone in memory of exactly its size: built with the compiler's
+ * sanitizers by test_compiled.py, which stop at the first byte that is read or written beside them. */
+
+#include "kernel.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST = 4 /* texts */, SIZES = 7 };
+
+static void *
+draw(long count, int bytes)
+{
+    char *numbers = malloc(count * bytes);
+    for (long i = 0; i < count; i++) {
+        const float x = rand() / (float)RAND_MAX - 0.5f;
+        memcpy(numbers + i * bytes, (const char *)&x + 4 - bytes, bytes); /* bfloat16 is the upper half of float32 */
+    }
+    return numbers;
+}
+
+static void
+attend(const Kernel *kernel, int bytes, int size, int most)
+{
+    const int heads = 1 + rand() % 3, texts = 1 + rand() % MOST;
+    int *bounds = calloc(texts + 1, sizeof(int));
+    long longest = 0;
+    for (int t = 0; t < texts; t++) {
+        const int length = 1 + rand() % most;
+        bounds[t + 1] = bounds[t] + length;
+        longest = length > longest ? length : longest;
+    }
+    const long count = (long)bounds[texts] * heads * size;
+    void *qkv = draw(3 * count, bytes), *gradient = draw(count, bytes);
+    for (int backward = 0; backward < 2; backward++) {
+        void *result = malloc((backward ? 3 : 1) * count * bytes);
+        const Task task = {qkv, backward ? gradient : NULL, result, bounds, heads, size, longest};
+        const size_t needed = (kernel->count_bytes(&task) + 63) / 64 * 64;
+        void *memory = aligned_alloc(64, needed);
+        memset(memory, 0xff, needed); /* NaN: what is read before it was written shows */
+        for (long unit = 0; unit < (long)texts * heads; unit++)
+            kernel->run(&task, unit, memory);
+        for (long i = 0; i < (backward ? 3 : 1) * count; i++) {
+            unsigned bits = 0;
+            memcpy((char *)&bits + 4 - bytes, (char *)result + i * bytes, bytes);
+            if ((bits & 0x7f800000) == 0x7f800000) {
+                printf("%s: not a number\n", kernel->name);
+                exit(1);
+            }
+        }
+        free(memory);
+        free(result);
+    }
+    free(qkv);
+    free(gradient);
+    free(bounds);
+}
+
+int
+main(void)
+{
+    const Kernel *kernels[] = {&koret_bfloat16_avx512, &koret_float32_avx512, &koret_float32_avx2};
+    const int sizes[SIZES] = {16, 32, 48, 64, 80, 112, 256};
+    for (int k = 0; k < 3; k++) {
+        const int bytes = kernels[k]->name[0] == 'b' ? 2 : 4;
+        if (!kernels[k]->is_supported())
+            continue;
+        for (int s = 0; s < SIZES; s++)
+            for (int i = 0; i < 6; i++)
+                attend(kernels[k], bytes, sizes[s], i < 3 ? 40 : 150);
+        for (long count = 0; count < 70; count++) {
+            void *x = draw(count, bytes), *y = malloc(count * bytes), *slope = malloc(count * bytes);
+            kernels[k]->activate(x, y, slope, count);
+            free(x);
+            free(y);
+            free(slope);
+        }
+        printf("%s\n", kernels[k]->name);
+    }
+    return 0;
+}
