@@ -200,7 +200,7 @@ def test_numbers_that_are_not_side_by_side_are_read_right(name):
 
 def activate(name, x):
     x = x.detach().requires_grad_()
-    y = CompiledGelu.apply(x, CompiledKernel(name))
+    y = CompiledGelu.apply(x.clone(), CompiledKernel(name))
     return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
 
 
@@ -245,6 +245,20 @@ def test_gelu_passes_on_what_is_no_number_and_touches_nothing_beside_it(name):
     load_kernels().activate(name, x.data_ptr(), *addresses, 4, x.element_size(), 1)
     for frame in frames:
         assert (frame[:20] == 7).all() and (frame[24:] == 7).all() and not (frame[20:24] == 7).any()
+
+
+@EVERY_KERNEL
+def test_gelu_raises_where_what_it_overwrites_is_needed_for_a_gradient(name):
+    x = torch.randn(32).to(find_type(name)).requires_grad_()
+    squared = x * x
+    saved = squared.exp()  # saves its result, not squared
+    y = CompiledGelu.apply(squared, CompiledKernel(name)) + saved
+    assert torch.isfinite(torch.autograd.grad(y.float().sum(), x)[0].float()).all()
+    squared = x * x
+    needed = squared * squared
+    y = CompiledGelu.apply(squared, CompiledKernel(name)) + needed
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.float().sum(), x)
 
 
 @EVERY_KERNEL

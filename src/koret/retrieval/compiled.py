@@ -101,25 +101,27 @@ def _attend(
 class CompiledGelu(torch.autograd.Function):
     """x F(x), F being the normal distribution's (Hendrycks and Gimpel 2016, arXiv 1606.08415); keeps the slope, not x.
 
-    In bfloat16 the slope is rounded like everything else.
+    The slope takes the place of x, whose memory is needed no more: an operation that has saved x for its own backward
+    pass raises there. In bfloat16 the slope is rounded like everything else.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, kernel: CompiledKernel) -> Tensor:
-        """Any shape -> the same shape."""
+        """x of any shape, which is overwritten -> the same shape."""
         extension = load_kernels()
         assert extension is not None and x.device.type == "cpu"
-        x = x.contiguous()
-        y, slope = torch.empty_like(x), torch.empty_like(x)
+        slope = x.detach().contiguous()
+        y = torch.empty_like(slope)
         extension.activate(
             kernel.name,
-            x.data_ptr(),
+            slope.data_ptr(),
             y.data_ptr(),
             slope.data_ptr(),
-            x.numel(),
-            x.element_size(),
+            slope.numel(),
+            slope.element_size(),
             torch.get_num_threads(),
         )
+        torch.autograd.graph.increment_version(slope)
         ctx.save_for_backward(slope)
         return y
 

@@ -21,7 +21,7 @@ activate_lanes(floats x, floats *y, floats *slope)
     *slope = add_product(choose_by_sign(x, least, -least), power * fill(0.39894228f), below);
 }
 
-/* count numbers -> GELU of each, and its slope. */
+/* count numbers -> GELU of each, and its slope, maybe in the place of the numbers. */
 TARGET static void
 activate(const void *from, void *to, void *slopes, long count)
 {
