@@ -1,4 +1,4 @@
-"""The compiled parts of koret. They are optional: without a C compiler the Python code beside them does the same, slower."""
+"""The compiled parts of koret. They are optional: without a C compiler Python does the same, slower."""
 
 from glob import glob
 

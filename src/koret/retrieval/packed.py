@@ -44,7 +44,7 @@ from koret.retrieval.linear import (
 )
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: more run out of the caches
+SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: fewer take longer, more gain nothing
 ROWS = 16  # oneDNN compiles a product for every number of rows, and keeps parts of it for good: multiples of this one
 log = logging.getLogger(__name__)
 
