@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -121,21 +119,6 @@ def test_prepared_data_is_the_same(name, request, tmp_path):
         shards = [prepare.shard_path(tmp_path, number, table).read_bytes() for table in (*prepare.SHARDS, "rejects")]
         prepared.append((report, shards))
     assert prepared[0] == prepared[1]
-
-
-def test_what_was_built_is_of_this_version():
-    source = (Path(native.__file__).parent / "csrc" / "module.c").read_text(encoding="utf-8")
-    assert f"#define VERSION {native.VERSION} " in source
-    built = pytest.importorskip("koret.data._scan", reason="koret.data._scan is not built")
-    assert built.VERSION == native.VERSION, "it was built from older C: make setup builds it anew"
-
-
-def test_the_variable_chooses_python():
-    code = "from koret.data.native import scan; print(scan)"
-    command = [sys.executable, "-c", code]
-    chosen = subprocess.run(command, env={"KORET_PURE_PYTHON": "1", "PYTHONPATH": ":".join(sys.path)}, text=True,
-                            capture_output=True, check=True)  # fmt: skip
-    assert chosen.stdout.strip() == "None"
 
 
 def test_contents_whose_list_is_cut_off_are_no_region():

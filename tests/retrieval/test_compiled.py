@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 from koret.retrieval import attention, compiled, packed
 from koret.retrieval.attention import BlockAttention, FlatTexts, mix_flat, mix_plainly
-from koret.retrieval.compiled import CompiledGelu, CompiledKernel, find_compiled, load_kernels
+from koret.retrieval.compiled import CompiledAttention, CompiledGelu, CompiledKernel, find_compiled, load_kernels
 from koret.retrieval.layout import plan_layout
 
 CPU = torch.device("cpu")
@@ -29,7 +28,7 @@ HEADS = 2
 
 
 def find_type(name: str) -> torch.dtype:
-    return getattr(torch, name.split(",")[0])
+    return CompiledKernel(name).dtype
 
 
 def draw(name: str, lengths, size: int, spare: int = 0, sharp: float = 1.5):
@@ -398,19 +397,25 @@ def test_a_name_that_is_no_kernel_is_refused():
         load_kernels().attend("float16, SSE", 0, 0, 0, 0, 0, 0, 1, 16, 1)
 
 
-def test_what_was_built_is_of_this_version():
-    source = (Path(compiled.__file__).parent / "csrc" / "module.c").read_text(encoding="utf-8")
-    assert f"#define VERSION {compiled.VERSION} " in source
-    built = pytest.importorskip("koret.retrieval._kernels", reason="koret.retrieval._attention is not built")
-    assert built.VERSION == compiled.VERSION, "it was built from older C: make setup builds it anew"
+@EVERY_KERNEL
+def test_what_does_not_fit_is_refused_before_its_memory_is_read(name):
+    qkv, _ = draw(name, [5, 9], 16)
+    bounds, kernel = torch.tensor([0, 5, 14], dtype=torch.int32), CompiledKernel(name)
+    apply = CompiledAttention.apply
+    other = torch.float32 if kernel.dtype == torch.bfloat16 else torch.bfloat16
+    for given in ((qkv.to(other), bounds), (qkv, bounds.long()), (qkv.to("meta"), bounds)):
+        with pytest.raises(TypeError, match="the kernel takes torch"):
+            apply(*given, 9, HEADS, kernel)
+    with pytest.raises(TypeError, match="the kernel takes torch"):
+        CompiledGelu.apply(qkv.to(other), kernel)
+    for cut in ([0, 5, 15], [0, 9, 5], [-1, 5, 14]):  # behind the last token, backwards, before the first
+        with pytest.raises(ValueError, match="are not those of 2 texts of at most 9 tokens"):
+            apply(qkv, torch.tensor(cut, dtype=torch.int32), 9, HEADS, kernel)
+    for longest, heads in ((8, HEADS), (9, 3), (9, 4)):  # a longer text; no whole head; heads of 8
+        with pytest.raises(ValueError, match="are not those of 2 texts"):
+            apply(qkv, bounds, longest, heads, kernel)
 
 
-def test_the_variable_chooses_torch():
-    code = (
-        "import torch; from koret.retrieval.attention import choose_path;"
-        "print(choose_path(torch.device('cpu'), torch.float32, 64).words)"
-    )
-    command = [sys.executable, "-c", code]
-    chosen = subprocess.run(command, env={"KORET_PURE_PYTHON": "1", "PYTHONPATH": ":".join(sys.path)}, text=True,
-                            capture_output=True, check=True)  # fmt: skip
-    assert chosen.stdout.strip() == "padding-free"
+def test_the_variable_chooses_torch(monkeypatch):
+    monkeypatch.setenv("KORET_PURE_PYTHON", "1")
+    assert attention.choose_path(CPU, torch.float32, 64).words == "padding-free"

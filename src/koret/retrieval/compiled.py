@@ -28,6 +28,10 @@ class CompiledKernel:
     name: str
 
     @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.name.partition(", ")[0])
+
+    @property
     def instructions(self) -> str:
         """What they need of the processor."""
         return self.name.rpartition(", ")[2]
@@ -43,9 +47,8 @@ def find_compiled(dtype: torch.dtype, head_size: int) -> CompiledKernel | None:
     extension = load_kernels()
     if extension is None or head_size % HEAD_STEP or head_size > LARGEST_HEAD:
         return None
-    wanted = str(dtype).removeprefix("torch.")
-    names = [name for name in extension.list_kernels() if name.startswith(f"{wanted},")]
-    return CompiledKernel(names[0]) if names else None
+    kernels = map(CompiledKernel, extension.list_kernels())
+    return next((kernel for kernel in kernels if kernel.dtype == dtype), None)
 
 
 class CompiledAttention(torch.autograd.Function):
@@ -67,28 +70,33 @@ class CompiledAttention(torch.autograd.Function):
         return _attend(qkv, gradient, bounds, *ctx.rest), None, None, None, None
 
 
+def _hold(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, its numbers side by side in memory that a kernel may be given the address of."""
+    if x.device.type != "cpu" or x.dtype != dtype:
+        raise TypeError(f"the kernel takes {dtype} on the CPU, not {x.dtype} on {x.device}")
+    return x.contiguous()
+
+
 def _attend(
     qkv: Tensor, gradient: Tensor | None, bounds: Tensor, longest: int, heads: int, kernel: CompiledKernel
 ) -> Tensor:
     """The output (T, C), or the gradient of qkv (T, 3C) where the output's is given."""
-    extension = load_kernels()
-    assert extension is not None and qkv.device.type == bounds.device.type == "cpu"
-    assert bounds.dtype == torch.int32 and bounds.is_contiguous()
-    tokens, width = len(qkv), qkv.shape[1] // 3
-    qkv = qkv.contiguous()
+    tokens, width, end = len(qkv), qkv.shape[1] // 3, int(bounds[-1])
+    qkv, bounds = _hold(qkv, kernel.dtype), _hold(bounds, torch.int32)
+    fits = 0 <= bounds[0] and 0 <= bounds.diff().min() <= bounds.diff().max() <= longest and end <= tokens
+    if not fits or qkv.shape[1] != 3 * width or width % (heads * HEAD_STEP):
+        texts = f"{len(bounds) - 1} texts of at most {longest} tokens and {heads} heads of a multiple of {HEAD_STEP}"
+        raise ValueError(f"q, k and v {tuple(qkv.shape)} are not those of {texts}")
     result = qkv.new_empty(tokens, width) if gradient is None else torch.empty_like(qkv)
     if gradient is not None:
-        gradient = gradient.to(qkv.dtype).contiguous()
-        assert gradient.shape == (tokens, width)
-    texts, end = len(bounds) - 1, int(bounds[-1])
-    assert end <= tokens and longest >= int(bounds.diff().max())
-    extension.attend(
+        gradient = _hold(gradient.expand(tokens, width), kernel.dtype)
+    load_kernels().attend(
         kernel.name,
         qkv.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
         result.data_ptr(),
         bounds.data_ptr(),
-        texts,
+        len(bounds) - 1,
         longest,
         heads,
         width // heads,
@@ -108,11 +116,9 @@ class CompiledGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: CompiledKernel) -> Tensor:
         """x of any shape, which is overwritten -> the same shape."""
-        extension = load_kernels()
-        assert extension is not None and x.device.type == "cpu"
-        slope = x.detach().contiguous()
+        slope = _hold(x.detach(), kernel.dtype)
         y = torch.empty_like(slope)
-        extension.activate(
+        load_kernels().activate(
             kernel.name,
             slope.data_ptr(),
             y.data_ptr(),

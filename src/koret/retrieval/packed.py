@@ -96,7 +96,7 @@ class PackedEncoder:
         self.head_size = config.hidden_size // self.heads
         self.epsilon = config.layer_norm_eps
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
-        self.takes_gelu = config.hidden_act == "gelu"  # the exact one
+        self.has_gelu = config.hidden_act == "gelu"  # the exact one
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
@@ -221,7 +221,7 @@ class PackedEncoder:
 
     def _activate(self, x: Tensor) -> Tensor:
         kernel = self.path.kernel
-        if torch.is_grad_enabled() and self.takes_gelu and isinstance(kernel, CompiledKernel):
+        if torch.is_grad_enabled() and self.has_gelu and isinstance(kernel, CompiledKernel):
             return CompiledGelu.apply(x, kernel)
         return self.activation(x)
 

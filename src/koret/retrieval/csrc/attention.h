@@ -15,7 +15,8 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { KEYS = 16, ROWS = 8, BLOCK = 32 /* rows whose P and dS are kept for dV and dK */, PIECE = 16 };
+enum { KEYS = 16, ROWS = 8, BLOCK = 32 /* rows whose P and dS are kept for dV and dK */ };
+enum { FEW = 16 /* numbers copied at a time: heads have a multiple of them */ };
 
 static inline long
 round_up(long n, long step)
@@ -79,10 +80,10 @@ copy_rows(const number *x, long step, long n, long padded, long size, word *out)
 {
     number *to = (number *)out;
     for (long r = 0; r < n; r++)
-        for (long d = 0; d < size; d += PIECE)
-            memcpy(to + r * size + d, x + r * step + d, PIECE * sizeof(number));
-    for (long d = n * size; d < padded * size; d += PIECE)
-        memset(to + d, 0, PIECE * sizeof(number));
+        for (long d = 0; d < size; d += FEW)
+            memcpy(to + r * size + d, x + r * step + d, FEW * sizeof(number));
+    for (long d = n * size; d < padded * size; d += FEW)
+        memset(to + d, 0, FEW * sizeof(number));
 }
 
 /* The same -> (size / PER_WORD, padded) words: the numbers of a row stand below each other. */
@@ -165,6 +166,7 @@ take_memory(char **memory, size_t bytes)
     return taken;
 }
 
+/* Of all that run_forward or run_backward takes; the sanitizers of tests/retrieval/sanitized.c hold the two together. */
 static size_t
 count_bytes(const Task *task)
 {
@@ -185,13 +187,13 @@ run_forward(const Task *task, long unit, char *memory)
 {
     const long size = task->size, width = task->heads * size, step = 3 * width;
     const long first = task->bounds[unit / task->heads], n = task->bounds[unit / task->heads + 1] - first;
-    const long keys = round_up(n, KEYS), at = unit % task->heads * size;
+    const long keys = round_up(n, KEYS), at = unit % task->heads * size, words = size / PER_WORD;
     const number *x = (const number *)task->qkv + first * step + at;
     number *out = (number *)task->result + first * width + at;
     const float scale = invert_root(size);
-    word *k = TAKE(word, keys * size), *v = TAKE(word, keys * size), *q = TAKE(word, ROWS * size);
+    word *k = TAKE(word, keys * words), *v = TAKE(word, keys * words), *q = TAKE(word, ROWS * words);
     float *scores = TAKE(float, ROWS * keys), *mixed = TAKE(float, ROWS * size);
-    number *narrow = TAKE(float, ROWS * keys);
+    number *narrow = TAKE(number, ROWS * keys);
     float sums[ROWS];
 
     pack_across(x + width, step, n, keys, size, k);
@@ -199,7 +201,7 @@ run_forward(const Task *task, long unit, char *memory)
     for (long r = 0; r < n; r += ROWS) {
         const long rows = n - r < ROWS ? n - r : ROWS;
         copy_rows(x + r * step, step, rows, ROWS, size, q);
-        multiply(ROWS, keys, size / PER_WORD, q, size / PER_WORD, 1, k, keys, scores, keys, 0);
+        multiply(ROWS, keys, words, q, words, 1, k, keys, scores, keys, 0);
         for (long i = 0; i < ROWS; i++)
             sums[i] = exponentiate_row(scores + i * keys, n, keys, scale * LOG2_E);
         const word *p = round_rows(scores, ROWS * keys, narrow);

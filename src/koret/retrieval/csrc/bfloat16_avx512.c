@@ -8,7 +8,6 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 #include "avx512.h"
 
@@ -76,9 +75,7 @@ join_numbers(const number *rows, long step, long there, long n, word *out)
 static int
 is_supported(void)
 {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+    return supports_avx512() && __builtin_cpu_supports("avx512bf16");
 }
 
 const Kernel koret_bfloat16_avx512 = {"bfloat16, AVX-512", is_supported, count_bytes, run, activate};

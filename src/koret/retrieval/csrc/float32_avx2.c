@@ -7,7 +7,6 @@
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 #include "avx2.h"
 #include "float32.h"

@@ -8,6 +8,9 @@
 
 #include <stddef.h>
 
+/* Of a function that is compiled for the processor that TARGET names. */
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
 typedef struct {
     const void *qkv;      /* (T, 3, H, D) */
     const void *gradient; /* (T, H, D) of the output; NULL: forward */
