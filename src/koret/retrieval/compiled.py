@@ -1,7 +1,7 @@
 """koret's own compiled kernels (``csrc``) on CPU: attention within each text, and GELU, forward and backward.
 
-Attention reads q, k and v where the projection wrote them, keeps nothing as large as length x length, and wastes
-nothing on padding. GELU gives its slope along with its value, so that its backward pass is a product. There are
+Attention reads q, k and v where the projection wrote them, keeps nothing as large as length x length, and
+needs no masks. GELU gives its slope along with its value, so that its backward pass is a product. There are
 kernels for bfloat16, where the processor multiplies pairs of it (AVX-512), and for float32, with AVX-512 or AVX2;
 elsewhere, and where no compiler was found, torch computes the same: ``attention.BlockAttention``. KORET_PURE_PYTHON=1
 chooses that.
