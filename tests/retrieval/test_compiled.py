@@ -296,10 +296,13 @@ def build(family: str):
 
 @EVERY_KERNEL
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("pooling", "checkpointing"), [("mean", False), ("cls", True)])
+@pytest.mark.parametrize(
+    ("pooling", "recompute"),
+    [("mean", "nothing"), ("mean", "projections"), ("cls", "projections"), ("cls", "layers")],
+)
 @pytest.mark.parametrize("most", [packed.SLICE, 100], ids=["one slice", "slices"])
 def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
-    name, family, pooling, checkpointing, most, monkeypatch
+    name, family, pooling, recompute, most, monkeypatch
 ):
     monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
     monkeypatch.setattr(packed, "SLICE", most)
@@ -308,7 +311,7 @@ def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
     weights = torch.randn(len(ids), 64, dtype=torch.float64)
     exact = pool_padded(module, ids, pooling)
     expected = torch.autograd.grad((exact * weights).sum(), trained)
-    encoder = packed.PackedEncoder(module.float(), pooling, find_type(name), checkpointing)
+    encoder = packed.PackedEncoder(module.float(), pooling, find_type(name), recompute)
     assert encoder.path.kernel == CompiledKernel(name) and encoder.path.words.endswith(f"({name.split(', ')[1]})")
     vectors = encoder.forward(ids)
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]

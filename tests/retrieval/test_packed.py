@@ -106,8 +106,8 @@ def test_bf16_stays_close_to_float64():
 
 @pytest.mark.parametrize("targets", [["query", "key", "value"], ["query", "value"], ["query", "dense"]])
 @pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, checkpointing):
+@pytest.mark.parametrize("recompute", ["nothing", "projections", "layers"])
+def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, recompute):
     module = adapt(lora_alpha=8, target_modules=targets, **variant)
     for name, parameter in module.named_parameters():
         if "magnitude" in name:
@@ -119,7 +119,7 @@ def test_adapter_gradients_equal_those_of_the_peft_forward(targets, variant, che
     def gradients(vectors):
         return torch.autograd.grad((vectors * weights).sum(), trained)
 
-    ours = gradients(packed.PackedEncoder(module, "mean", torch.float64, checkpointing).forward(ids))
+    ours = gradients(packed.PackedEncoder(module, "mean", torch.float64, recompute).forward(ids))
     for mine, reference in zip(ours, gradients(pool_padded(module, ids)), strict=True):
         assert reference.abs().max() > 0
         assert torch.allclose(mine, reference, atol=1e-10, rtol=1e-9)
@@ -217,8 +217,8 @@ def test_gradients_of_slices_add_up_unrounded_in_bf16(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [2], [64, 64], [65], ODD_LENGTHS * 9], ids=str)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_slices_give_the_gradients_of_the_peft_forward(lengths, pooling, checkpointing, monkeypatch):
+@pytest.mark.parametrize("recompute", ["nothing", "projections", "layers"])
+def test_slices_give_the_gradients_of_the_peft_forward(lengths, pooling, recompute, monkeypatch):
     monkeypatch.setattr(packed, "SLICE", 130)
     module = adapt(target_modules=["query", "dense"])
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
@@ -227,7 +227,7 @@ def test_slices_give_the_gradients_of_the_peft_forward(lengths, pooling, checkpo
     ours, theirs = (
         torch.autograd.grad((vectors * weights).sum(), trained)
         for vectors in (
-            packed.PackedEncoder(module, pooling, torch.float64, checkpointing).forward(ids),
+            packed.PackedEncoder(module, pooling, torch.float64, recompute).forward(ids),
             pool_padded(module, ids, pooling),
         )
     )

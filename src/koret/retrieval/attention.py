@@ -189,19 +189,22 @@ def _find_difference(
     return None
 
 
-def mix_tokens(qkv: Tensor, groups: Groups, heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V within each text: qkv (T, 3C) -> (T, C)."""
+def mix_tokens(qkv: Tensor, groups: Groups, heads: int, wanted: bool = True) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V within each text: qkv (T, 3C) -> (T, C).
+
+    Where only what the backward pass needs is ``wanted``, and not the values, they may be anything.
+    """
     if isinstance(groups, FlatTexts):
-        return mix_flat(qkv, groups, heads)
+        return mix_flat(qkv, groups, heads, wanted)
     if isinstance(groups, PaddedTexts):
         return mix_padded(qkv, groups, heads)
     return BlockAttention.apply(qkv, groups, heads)
 
 
-def mix_flat(qkv: Tensor, texts: FlatTexts, heads: int) -> Tensor:
+def mix_flat(qkv: Tensor, texts: FlatTexts, heads: int, wanted: bool = True) -> Tensor:
     """``mix_tokens`` by a variable-length kernel: it reads q, k and v where they stand and brings its own gradient."""
     if isinstance(texts.kernel, CompiledKernel):
-        return CompiledAttention.apply(qkv, texts.bounds, texts.longest, heads, texts.kernel)
+        return CompiledAttention.apply(qkv, texts.bounds, texts.longest, heads, texts.kernel, wanted)
     q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
     bounds, longest = texts.bounds, texts.longest
     # By position: torch and flash-attn name them differently.

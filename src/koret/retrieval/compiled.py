@@ -1,7 +1,8 @@
-"""koret's own compiled kernels (``csrc``) on CPU: attention within each text, and GELU, forward and backward.
+"""koret's own compiled kernels (``csrc``) on CPU: attention within each text, GELU and dropout, forward and backward.
 
 Attention reads q, k and v where the projection wrote them, keeps nothing as large as length x length, and
-needs no masks. GELU gives its slope along with its value, so that its backward pass is a product. There are
+needs no masks. GELU gives its slope along with its value, so that its backward pass is a product. Dropout draws its
+mask again instead of keeping it. There are
 kernels for bfloat16, where the processor multiplies pairs of it (AVX-512), and for float32, with AVX-512 or AVX2;
 elsewhere, and where no compiler was found, torch computes the same: ``attention.BlockAttention``. KORET_PURE_PYTHON=1
 chooses that.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from koret.native import load_extension
 
-VERSION = 1  # of the extension's calls and results
+VERSION = 2  # of the extension's calls and results
 HEAD_STEP, LARGEST_HEAD = 16, 256  # numbers of a head that the kernels take
 
 
@@ -35,6 +36,11 @@ class CompiledKernel:
     def instructions(self) -> str:
         """What they need of the processor."""
         return self.name.rpartition(", ")[2]
+
+    @property
+    def slope_bytes(self) -> int:
+        """Bytes in which a slope of GELU is kept."""
+        return load_kernels().count_slope_bytes(self.name)
 
 
 def load_kernels() -> ModuleType | None:
@@ -58,16 +64,18 @@ class CompiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, bounds: Tensor, longest: int, heads: int, kernel: CompiledKernel) -> Tensor:
-        """qkv (T, 3C) and where each text begins and the last ends (N + 1,) int32 -> (T, C)."""
+    def forward(
+        ctx, qkv: Tensor, bounds: Tensor, longest: int, heads: int, kernel: CompiledKernel, wanted: bool = True
+    ) -> Tensor:
+        """qkv (T, 3C) and where each text begins and the last ends (N + 1,) int32 -> (T, C), anything if not wanted."""
         ctx.save_for_backward(qkv, bounds)
         ctx.rest = longest, heads, kernel
-        return _attend(qkv, None, bounds, *ctx.rest)
+        return _attend(qkv, None, bounds, *ctx.rest) if wanted else qkv.new_empty(len(qkv), qkv.shape[1] // 3)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         qkv, bounds = ctx.saved_tensors
-        return _attend(qkv, gradient, bounds, *ctx.rest), None, None, None, None
+        return _attend(qkv, gradient, bounds, *ctx.rest), None, None, None, None, None
 
 
 def _hold(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,29 +117,63 @@ def _attend(
 class CompiledGelu(torch.autograd.Function):
     """x F(x), F being the normal distribution's (Hendrycks and Gimpel 2016, arXiv 1606.08415); keeps the slope, not x.
 
-    The slope takes the place of x, whose memory is needed no more: an operation that has saved x for its own backward
-    pass raises there. In bfloat16 the slope is rounded like everything else.
+    The result takes the place of x: an operation that has saved x for its own backward pass raises there. In bfloat16 a
+    slope is kept in a byte, about as exact as it would be in bfloat16 (Novikov et al. 2022, arXiv 2202.00441, do it in
+    less).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, kernel: CompiledKernel) -> Tensor:
-        """x of any shape, which is overwritten -> the same shape."""
-        slope = _hold(x.detach(), kernel.dtype)
-        y = torch.empty_like(slope)
-        load_kernels().activate(
-            kernel.name,
-            slope.data_ptr(),
-            y.data_ptr(),
-            slope.data_ptr(),
-            slope.numel(),
-            slope.element_size(),
-            torch.get_num_threads(),
-        )
-        torch.autograd.graph.increment_version(slope)
-        ctx.save_for_backward(slope)
+    def forward(ctx, x: Tensor, kernel: CompiledKernel, place: Tensor | None = None) -> Tensor:
+        """x of any shape, which is overwritten -> the same shape; ``place``: bytes that may keep the slopes."""
+        y = _hold(x, kernel.dtype)
+        if y is x:
+            ctx.mark_dirty(x)
+        else:
+            y = y.clone() if y.data_ptr() == x.data_ptr() else y
+        slopes = torch.empty(y.numel() * kernel.slope_bytes, dtype=torch.uint8) if place is None else place
+        if len(slopes) != y.numel() * kernel.slope_bytes:
+            raise ValueError(f"{len(slopes)} bytes are not those of the slopes of {y.numel()} numbers")
+        load_kernels().activate(kernel.name, y.data_ptr(), slopes.data_ptr(), *_size(y))
+        ctx.save_for_backward(slopes)
+        ctx.kernel = kernel
         return y
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,), gradient = ctx.saved_tensors, _hold(gradient, ctx.kernel.dtype)
+        result = torch.empty_like(gradient)
+        addresses = gradient.data_ptr(), slopes.data_ptr(), result.data_ptr()
+        load_kernels().descend(ctx.kernel.name, *addresses, *_size(gradient))
+        return result, None, None
+
+
+class CompiledDropout(torch.autograd.Function):
+    """x / (1 - p), or 0 with probability p, in steps of 1/65536; keeps no mask but the seed it is drawn from.
+
+    The seed comes from torch's default generator, so restoring its state repeats the mask. Draws are Philox4x32-10's
+    (Salmon et al. 2011).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, kernel: CompiledKernel) -> Tensor:
+        """x of any shape -> the same shape."""
+        least = min(max(round(p * 65536), 1), 65535)  # smaller draws are dropped
+        seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) % 2**64
+        ctx.settings = kernel, seed, least, 1 / (1 - p)
+        return _drop(x, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _drop(gradient, *ctx.settings), None, None
+
+
+def _drop(x: Tensor, kernel: CompiledKernel, seed: int, least: int, factor: float) -> Tensor:
+    x = _hold(x, kernel.dtype)
+    y = torch.empty_like(x)
+    load_kernels().drop(kernel.name, x.data_ptr(), y.data_ptr(), seed, least, factor, *_size(x))
+    return y
+
+
+def _size(x: Tensor) -> tuple[int, int, int]:
+    """What kernels ask of numbers that they take one by one: how many, bytes of each, threads."""
+    return x.numel(), x.element_size(), torch.get_num_threads()

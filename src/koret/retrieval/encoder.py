@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from koret import runs
 from koret.retrieval import offline
-from koret.retrieval.packed import PackedEncoder, explain_unsupported
+from koret.retrieval.packed import PackedEncoder, Recompute, explain_unsupported
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -56,7 +56,7 @@ class TextEncoder:
     ) -> None:
         self.model, self.name, self.precision = model, name, precision
         self.prefixes = {"query": query_prefix, "passage": passage_prefix}
-        self.gradient_checkpointing = gradient_checkpointing
+        self.recompute: Recompute = "layers" if gradient_checkpointing else "nothing"
         self._packed: tuple[nn.Module, PackedEncoder] | None = None
         self.slow_path_reason = self._explain_slow_path()
         if self.slow_path_reason:
@@ -100,7 +100,7 @@ class TextEncoder:
             precision=precision,
             query_prefix=self.prefixes["query"],
             passage_prefix=self.prefixes["passage"],
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=self.recompute == "layers",
         )
 
     @property
@@ -236,10 +236,9 @@ class TextEncoder:
 
     def _packed_forward(self) -> PackedEncoder:
         if self._packed is None or self._packed[0] is not self.backbone:
-            forward = PackedEncoder(
-                self.backbone, self.model[1].pooling_mode, DTYPES[self.precision], self.gradient_checkpointing
-            )
+            forward = PackedEncoder(self.backbone, self.model[1].pooling_mode, DTYPES[self.precision])
             self._packed = self.backbone, forward
+        self._packed[1].recompute = self.recompute
         return self._packed[1]
 
     def _forward_padded(self, ids: Sequence[np.ndarray]) -> Tensor:

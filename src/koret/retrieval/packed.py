@@ -23,6 +23,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,8 +44,13 @@ from koret.retrieval.linear import (
     is_four_bit,
     read_adapters,
 )
+from koret.retrieval.shelf import Shelf, ShelfStore, SumOnShelf
 
+# What is not kept for the backward pass but computed again there, with the same bits: q, k and v of every layer and the
+# norm before them, or all inside of a layer (gradient checkpointing).
+Recompute = Literal["nothing", "projections", "layers"]
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+Norm = tuple[Tensor, Tensor]  # weight and bias
 SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: fewer take longer, more gain nothing
 ROWS = 16  # oneDNN compiles a product for every number of rows, and keeps parts of it for good: multiples of this one
 log = logging.getLogger(__name__)
@@ -82,14 +89,14 @@ class PackedEncoder:
         backbone: nn.Module,
         pooling: str = "mean",
         dtype: torch.dtype = torch.float32,
-        checkpointing: bool = False,
+        recompute: Recompute = "nothing",
     ) -> None:
         reason = explain_unsupported(backbone)
         if reason:
             raise ValueError(reason)
         from transformers.activations import ACT2FN  # brings half of torch, which a search by words does without
 
-        self.backbone, self.pooling, self.dtype, self.checkpointing = backbone, pooling, dtype, checkpointing
+        self.backbone, self.pooling, self.dtype, self.recompute = backbone, pooling, dtype, recompute
         self.core = find_core(backbone)
         config = backbone.config
         self.heads = config.num_attention_heads
@@ -100,6 +107,7 @@ class PackedEncoder:
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
+        self._shelves = ShelfStore()
         self._paths: dict[torch.device, AttentionPath] = {}
         self._frozen: dict[tuple[str | int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
@@ -129,7 +137,6 @@ class PackedEncoder:
         # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
         lengths = torch.tensor(layout.lengths).to(device, non_blocking=True)
-        x = self._embed(tokens, positions + self.first_position)
         layers = self._read_layers(layout.tokens)
         slices, step = [(layout.tokens, layout.groups)], 1
         if path.takes_slices:
@@ -140,12 +147,16 @@ class PackedEncoder:
         sizes = [size for size, _ in slices]
         groups = [self._move_groups(inside, path, device) for _, inside in slices]
         rows, places = find_firsts(layout, sizes, device) if self.pooling == "cls" else ([None] * len(sizes), None)
-        parts = [
-            self._run_slice(layers, part, inside, wanted, spare=-len(part) % step)
-            for part, inside, wanted in zip(x.split(sizes), groups, rows, strict=True)
-        ]
-        x = _widen(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return _average(x, owner, lengths) if places is None else x[places]
+        room = SLICE * torch.get_num_threads() if len(sizes) > 1 else 0
+        embed = self._plan_embedding(tokens.split(sizes), (positions + self.first_position).split(sizes))
+        firsts, sums = [tokens] * len(sizes), _Sums(owner.split(sizes), len(ids))
+        for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):  # each fits into what the one before it freed
+            x = self._run_slice(layers, embed(at), groups[at], rows[at], spare=-sizes[at] % step, room=room)
+            if places is None:
+                sums.add(at, x)
+            else:
+                firsts[at] = x
+        return sums.total / lengths[:, None] if places is None else _widen(torch.cat(firsts))[places]
 
     def _move_groups(self, groups: list, path: AttentionPath, device: torch.device) -> Groups:
         """What attention needs to keep the texts of a slice apart, on the device, once for all layers."""
@@ -166,26 +177,47 @@ class PackedEncoder:
         return half or any(linear.ordered for layer in layers for linear in layer.linears)
 
     def _run_slice(
-        self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None, *, spare: int = 0
+        self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None, *, spare: int, room: int
     ) -> Tensor:
         """Flat tokens (T, C) through all layers; only ``rows`` come out of the last one, where they are given.
 
-        ``spare`` tokens of no text go along.
+        ``spare`` tokens of no text go along; other slices may have up to ``room`` tokens.
         """
-        tokens = len(x)
+        tokens, norm = len(x), None
         x = F.pad(x, (0, 0, 0, spare)) if spare else x
+        shelf = self._open_shelf(len(x), room)
         for layer in layers:
-            wanted = rows if layer is layers[-1] else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._run_layer, layer, x, groups, wanted, use_reentrant=False)
-            else:
-                x = self._run_layer(layer, x, groups, wanted)
+            run = partial(self._run_layer, layer, norm, groups, rows if layer is layers[-1] else None, shelf)
+            x = checkpoint(run, x, use_reentrant=False) if self._computes_again("layers") else run(x)
+            norm = layer.norms[1]
+        x = self._normalize(x, norm)
         return x[:tokens] if spare and rows is None else x
+
+    def _computes_again(self, what: Recompute) -> bool:
+        return self.recompute == what and torch.is_grad_enabled()
+
+    def _open_shelf(self, tokens: int, room: int) -> Shelf | None:
+        """Memory for all that so many tokens of a slice keep, where that is known beforehand; at least for ``room``."""
+        if not (self._computes_again("projections") and self.path.takes_slices):
+            return None
+        config, size = self.core.config, torch.finfo(self.dtype).bits // 8
+        kernel = self._find_activation_kernel()
+        slopes = 0 if kernel is None else config.intermediate_size * kernel.slope_bytes
+        kept = config.num_hidden_layers * (2 * config.hidden_size * size + slopes)
+        return self._shelves.open(max(tokens, room) * kept, 3 * config.num_hidden_layers)
+
+    def _plan_embedding(self, tokens: Sequence[Tensor], positions: Sequence[Tensor]) -> Callable[[int], Tensor]:
+        """What embeds the flat tokens of a slice: all slices at once where tables train, for a table's gradient is as
+        large as the table."""
+        if not any(p.requires_grad for p in self.core.embeddings.parameters()):
+            return lambda at: self._embed(tokens[at], positions[at])
+        x = self._embed(torch.cat(list(tokens)), torch.cat(list(positions))).split([len(part) for part in tokens])
+        return x.__getitem__
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         parts = self.core.embeddings
         x = F.embedding(tokens, parts.word_embeddings.weight) + F.embedding(positions, parts.position_embeddings.weight)
-        x = x + parts.token_type_embeddings.weight[0]
+        x = x.add_(parts.token_type_embeddings.weight[0])
         norm = parts.LayerNorm
         x = F.layer_norm(_widen(x), (x.shape[1],), norm.weight, norm.bias, self.epsilon).to(self.dtype)
         projection = getattr(self.core, "embeddings_project", None)
@@ -210,20 +242,43 @@ class PackedEncoder:
             for layer, linears in zip(self.core.encoder.layer, modules, strict=True)
         ]
 
-    def _run_layer(self, layer: _Layer, x: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
-        qkv, join, widen, narrow = layer.linears
-        mixed = mix_tokens(qkv.apply(x), groups, self.heads)
+    def _run_layer(
+        self,
+        layer: _Layer,
+        norm: Norm | None,
+        groups: Groups,
+        rows: Tensor | None,
+        shelf: Shelf | None,
+        x: Tensor,
+    ) -> Tensor:
+        """One layer but for its last norm: x as the layer before it left it, whose last norm is ``norm``."""
+        _, join, widen, narrow = layer.linears
+        again = self._computes_again("projections")
+        mix = _MixOnce(self, layer, norm, groups)
+        x, mixed = checkpoint(mix, x, use_reentrant=False) if again else mix(x)
         if rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
-        x = F.layer_norm(join.apply(mixed).add_(x), (x.shape[1],), *layer.norms[0], self.epsilon)
-        hidden = self._activate(widen.apply(x))
-        return F.layer_norm(narrow.apply(hidden).add_(x), (x.shape[1],), *layer.norms[1], self.epsilon)
+        x = self._normalize(_add(join.apply(mixed, self._kernel), x, shelf), layer.norms[0])
+        hidden = self._activate(widen.apply(x, self._kernel), shelf)
+        return _add(narrow.apply(hidden, self._kernel), x, shelf)
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return x if norm is None else F.layer_norm(x, (x.shape[1],), *norm, self.epsilon)
+
+    @property
+    def _kernel(self) -> CompiledKernel | None:
         kernel = self.path.kernel
-        if torch.is_grad_enabled() and self.has_gelu and isinstance(kernel, CompiledKernel):
-            return CompiledGelu.apply(x, kernel)
-        return self.activation(x)
+        return kernel if isinstance(kernel, CompiledKernel) else None
+
+    def _find_activation_kernel(self) -> CompiledKernel | None:
+        return self._kernel if torch.is_grad_enabled() and self.has_gelu else None
+
+    def _activate(self, x: Tensor, shelf: Shelf | None) -> Tensor:
+        kernel = self._find_activation_kernel()
+        if kernel is None:
+            return self.activation(x)
+        size = (x.numel() * kernel.slope_bytes,)
+        return CompiledGelu.apply(x, kernel, None if shelf is None else shelf.take(size, torch.uint8))
 
     def _read_linear(self, modules: Sequence[nn.Module], adapters: Adapters | None, tokens: int) -> Linear:
         bases = [find_base(module) for module in modules]
@@ -264,10 +319,41 @@ class PackedEncoder:
         return self._frozen[key][1]
 
 
-def _average(x: Tensor, owner: Tensor, lengths: Tensor) -> Tensor:
-    """Flat tokens (T, C) and each one's text, N for none -> (N, C) means."""
-    sums = x.new_zeros(len(lengths) + 1, x.shape[1]).index_add(0, owner, x)
-    return sums[:-1] / lengths.to(x.dtype)[:, None]
+class _MixOnce:
+    """Flat tokens (T, C) -> the same behind ``norm``, and attention's outcome; a second call is the backward pass's."""
+
+    def __init__(self, encoder: PackedEncoder, layer: _Layer, norm: Norm | None, groups: Groups) -> None:
+        self.encoder, self.layer, self.norm, self.groups, self.was_called = encoder, layer, norm, groups, False
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        encoder, wanted, self.was_called = self.encoder, not self.was_called, True
+        x = encoder._normalize(x, self.norm)
+        qkv = self.layer.linears[0].apply(x, encoder._kernel)
+        return x, mix_tokens(qkv, self.groups, encoder.heads, wanted)
+
+
+def _add(a: Tensor, x: Tensor, shelf: Shelf | None) -> Tensor:
+    """a + x on the shelf, or in the place of a."""
+    return a.add_(x) if shelf is None else SumOnShelf.apply(a, x, shelf)
+
+
+class _Sums:
+    """Adds up the flat tokens of each text, slice by slice; ``owners``: each token's text, N for none."""
+
+    def __init__(self, owners: Sequence[Tensor], texts: int) -> None:
+        self.owners, self.texts, self._sums = owners, texts, None
+
+    def add(self, at: int, x: Tensor) -> None:
+        """x (T, C) of slice ``at``."""
+        x = _widen(x)
+        if self._sums is None:
+            self._sums = x.new_zeros(self.texts + 1, x.shape[1])
+        self._sums = self._sums.index_add(0, self.owners[at], x)
+
+    @property
+    def total(self) -> Tensor:
+        """(N, C)"""
+        return self._sums[:-1]
 
 
 @dataclass
@@ -275,7 +361,7 @@ class _Layer:
     """A transformer layer: q/k/v, attention's output, feed-forward up and down; norms after attention and at end."""
 
     linears: list[Linear]
-    norms: list[tuple[Tensor, Tensor]]
+    norms: list[Norm]
 
     @property
     def trains(self) -> bool:

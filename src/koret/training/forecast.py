@@ -30,6 +30,7 @@ CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two m
 # some sixty (glibc 2.36, 2,600 to 9,200 tokens at a time). glibc before 2.38 puts no aligned piece where one of its own
 # size was freed (its bug 14581).
 HOLES, GROWTH = 0.2, 0.25
+PASSING = 10  # where what is kept lies apart, holes are left by what passes: so many times the widest layer's numbers
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -67,6 +68,7 @@ class PeakForecast:
     holes: float = 0.0  # bytes lost between tensors, for each that activations keep
     growth: float = 0.0  # the same, what they grow by in a run
     passing: int = 0  # what the widest layer computes and does not keep
+    again: bool = False  # whether q, k and v are computed again in the backward pass
 
     @property
     def lost(self) -> float:
@@ -88,10 +90,11 @@ class PeakForecast:
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
+        again = ", q, k and v computed again instead of kept" if self.again else ""
         return (
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
             f"{self.activations / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
-            f"{self.tokens:,} tokens at a time at most{pieces}; {self.lost:.0%} more lost between tensors), "
+            f"{self.tokens:,} tokens at a time at most{pieces}{again}; {self.lost:.0%} more lost between tensors), "
             f"{self.state / 2**30:.2f} for gradients and AdamW, "
             f"when nothing trains {self.scoring / 2**30:.2f} for scoring, {self.saving / 2**30:.2f} for a checkpoint"
         )
@@ -119,6 +122,8 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         products = find_products(encoder) if sliced else []
         scoring += count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
     pieces = -(-heaviest // budget)
+    again = encoder.recompute == "projections"
+    cpu, shelved = encoder.device.type == "cpu", again and sliced  # on CUDA tensors are counted, not memory
     return PeakForecast(
         held=read_held(encoder.device),
         per_token=per_token,
@@ -127,9 +132,10 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         state=trained.state_bytes,
         scoring=scoring,
         saving=trained.trained * CHECKPOINT_BYTES,
-        holes=HOLES if encoder.device.type == "cpu" else 0.0,  # on CUDA tensors are counted, not memory
-        growth=GROWTH if encoder.device.type == "cpu" else 0.0,
-        passing=min(tokens, slice_tokens) * numbers * size,
+        holes=HOLES if cpu and not shelved else 0.0,
+        growth=GROWTH if cpu and not shelved else 0.0,
+        passing=min(tokens, slice_tokens) * numbers * size * (PASSING if shelved else 1),
+        again=again,
     )
 
 

@@ -29,7 +29,7 @@ from koret.training.gradients import collect_values, group_by_module, measure_no
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.measurements import Measurements, NumericFault
-from koret.training.memory import choose_micro_batch_tokens, keep_freed, measure_bytes_per_token, return_freed
+from koret.training.memory import keep_freed, plan_memory, return_freed
 from koret.training.objectives import Objective
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
 from koret.training.plan import describe_plan
@@ -280,10 +280,10 @@ class EmbeddingTrainer:
         )
         self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
         chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
-        per_token = measure_bytes_per_token(self.encoder)
-        budget = chosen or min(
-            self.group.gather(choose_micro_batch_tokens(self.encoder, per_token, self.group.process))
-        )
+        batches = self.job.report["batches"]
+        heaviest = batches["tokens_of_the_heaviest"] // self.group.process.count
+        plan = plan_memory(self.encoder, heaviest, chosen, self.group.process)
+        budget = min(self.group.gather(plan.budget))
         self.gradients = BatchGradients(
             self.encoder,
             self.optimizer,
@@ -297,13 +297,11 @@ class EmbeddingTrainer:
         self.measurements = Measurements(
             self.job.question_ids, self.optimizer.scaler.is_enabled(), self.gradients.extras
         )
-        batches = self.job.report["batches"]
-        heaviest = batches["tokens_of_the_heaviest"] // self.group.process.count
         self.pace = Pace(
             self.job.schedule.total,
             config.save_steps,
             batches["tokens_of_an_epoch"] / self.job.schedule.steps_of_epoch[0],
-            forecast_peak(self.encoder, per_token, budget, heaviest, merges=config.use_lora),
+            forecast_peak(self.encoder, plan.per_token, budget, heaviest, merges=config.use_lora),
             self._time_scorings,
         )
         self.at, self._saved, self._mined = Progress(), None, 0

@@ -21,27 +21,47 @@ activate_lanes(floats x, floats *y, floats *slope)
     *slope = add_product(choose_by_sign(x, least, -least), power * fill(0.39894228f), below);
 }
 
-/* count numbers -> GELU of each, and its slope, maybe in the place of the numbers. */
+/* count numbers -> GELU of each, in their place, and the slopes there. */
 TARGET static void
-activate(const void *from, void *to, void *slopes, long count)
+activate(void *numbers, void *slopes, long count)
 {
-    const number *x = from;
-    number *y = to, *z = slopes;
-    floats value, slope;
+    number *x = numbers;
+    slope *z = slopes;
+    floats value, steep;
     long i = 0;
     for (; i + LANES <= count; i += LANES) {
-        activate_lanes(read_lanes(x + i), &value, &slope);
-        write_lanes(y + i, value);
-        write_lanes(z + i, slope);
+        activate_lanes(read_lanes(x + i), &value, &steep);
+        write_lanes(x + i, value);
+        write_slopes(z + i, steep);
     }
     if (i < count) {
-        const size_t bytes = (count - i) * sizeof(number);
         number rest[LANES] = {0};
-        memcpy(rest, x + i, bytes);
-        activate_lanes(read_lanes(rest), &value, &slope);
+        slope rest_of_slopes[LANES];
+        memcpy(rest, x + i, (count - i) * sizeof(number));
+        activate_lanes(read_lanes(rest), &value, &steep);
         write_lanes(rest, value);
-        memcpy(y + i, rest, bytes);
-        write_lanes(rest, slope);
-        memcpy(z + i, rest, bytes);
+        memcpy(x + i, rest, (count - i) * sizeof(number));
+        write_slopes(rest_of_slopes, steep);
+        memcpy(z + i, rest_of_slopes, (count - i) * sizeof(slope));
+    }
+}
+
+/* count gradients times their slopes. */
+TARGET static void
+descend(const void *gradients, const void *slopes, void *results, long count)
+{
+    const number *x = gradients;
+    const slope *z = slopes;
+    number *y = results;
+    long i = 0;
+    for (; i + LANES <= count; i += LANES)
+        write_lanes(y + i, read_lanes(x + i) * read_slopes(z + i));
+    if (i < count) {
+        number rest[LANES] = {0};
+        slope rest_of_slopes[LANES] = {0};
+        memcpy(rest, x + i, (count - i) * sizeof(number));
+        memcpy(rest_of_slopes, z + i, (count - i) * sizeof(slope));
+        write_lanes(rest, read_lanes(rest) * read_slopes(rest_of_slopes));
+        memcpy(y + i, rest, (count - i) * sizeof(number));
     }
 }

@@ -10,6 +10,7 @@ enum { LANES = 8, TILE_SUMS = 8 };
 #define fill(x) _mm256_set1_ps(x)
 #define largest(x, y) _mm256_max_ps(x, y)
 #define add_product(x, y, z) _mm256_fmadd_ps(x, y, z)
+#define multiply_even(x, y) (_mm256_mul_epu32((__m256i)(x), (__m256i)(y))) /* 32 bits of each 64, to 64 */
 #define round_lanes(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 /* x * 2^whole: added to the exponent's bits. */

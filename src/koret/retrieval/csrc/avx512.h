@@ -12,6 +12,7 @@ enum { LANES = 16, TILE_SUMS = 16 };
 #define add_product(x, y, z) _mm512_fmadd_ps(x, y, z)
 #define find_largest(x) _mm512_reduce_max_ps(x)
 #define add_lanes(x) _mm512_reduce_add_ps(x)
+#define multiply_even(x, y) (_mm512_mul_epu32((__m512i)(x), (__m512i)(y))) /* 32 bits of each 64, to 64 */
 #define round_lanes(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define shift_exponent(x, whole) _mm512_scalef_ps(x, whole) /* x * 2^whole */
 

@@ -49,3 +49,7 @@ join_numbers(const number *rows, long step, long there, long n, word *out)
         else
             store(out + i, fill(0));
 }
+
+typedef float slope;
+#define read_slopes(from) read_lanes(from)
+#define write_slopes(to, x) write_lanes(to, x)

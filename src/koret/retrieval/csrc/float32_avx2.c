@@ -4,6 +4,7 @@
 
 #ifdef KORET_HAS_KERNELS
 
+#include <stdint.h>
 #include <string.h>
 
 #define TARGET __attribute__((target("avx2,fma")))
@@ -13,6 +14,7 @@
 #include "exponential.h"
 #include "attention.h"
 #include "activation.h"
+#include "dropout.h"
 
 static int
 is_supported(void)
@@ -20,6 +22,8 @@ is_supported(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-const Kernel koret_float32_avx2 = {"float32, AVX2", is_supported, count_bytes, run, activate};
+const Kernel koret_float32_avx2 = {
+    "float32, AVX2", is_supported, count_bytes, run, sizeof(slope), activate, descend, drop,
+};
 
 #endif

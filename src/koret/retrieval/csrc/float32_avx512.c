@@ -4,6 +4,7 @@
 
 #ifdef KORET_HAS_KERNELS
 
+#include <stdint.h>
 #include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
@@ -13,7 +14,10 @@
 #include "exponential.h"
 #include "attention.h"
 #include "activation.h"
+#include "dropout.h"
 
-const Kernel koret_float32_avx512 = {"float32, AVX-512", supports_avx512, count_bytes, run, activate};
+const Kernel koret_float32_avx512 = {
+    "float32, AVX-512", supports_avx512, count_bytes, run, sizeof(slope), activate, descend, drop,
+};
 
 #endif

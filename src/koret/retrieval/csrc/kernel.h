@@ -1,4 +1,5 @@
-/* What koret.retrieval.compiled calls: attention within each of many texts, forward and backward, and GELU.
+/* What koret.retrieval.compiled calls: attention within each of many texts, GELU and dropout,
+ * forward and backward.
  *
  * T tokens of N texts stand one behind the other. Each has 3 H heads of D numbers, those of its query, its key and its
  * value: the output of one projection. A unit of work is one head of one text. */
@@ -7,6 +8,7 @@
 #define KORET_KERNEL_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* Of a function that is compiled for the processor that TARGET names. */
 #define INLINE static inline __attribute__((always_inline)) TARGET
@@ -24,7 +26,10 @@ typedef struct {
     int (*is_supported)(void);                     /* by this processor */
     size_t (*count_bytes)(const Task *);           /* of memory for one unit at a time */
     void (*run)(const Task *, long unit, void *memory); /* forward or backward; memory in lines of 64 bytes */
-    void (*activate)(const void *x, void *y, void *slope, long count); /* GELU of x, and its slope there */
+    size_t slope_bytes;                            /* of one slope of GELU, in the form that it is kept in */
+    void (*activate)(void *x, void *slopes, long count); /* x to GELU of x, and its slopes there */
+    void (*descend)(const void *gradients, const void *slopes, void *results, long count); /* their products */
+    void (*drop)(const void *x, void *y, uint64_t seed, long first, long count, uint32_t least, float factor); /* dropout */
 } Kernel;
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -7,7 +7,7 @@
 
 #include "kernel.h"
 
-#define VERSION 1 /* compiled.py asks for this one: raise both whenever a call or a result changes */
+#define VERSION 2 /* compiled.py asks for this one: raise both whenever a call or a result changes */
 
 static const Kernel *const kernels[] = {
 #ifdef KORET_HAS_KERNELS
@@ -104,40 +104,115 @@ attend(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(activate_doc,
-"activate(kernel, x, y, slope, count, size, threads)\n\n"
-"GELU of count numbers of size bytes at the address x, and its slope there, to the addresses y and slope.\n"
-"Raises ValueError for a kernel there is not.");
+enum { PIECE = 4096 }; /* numbers that a thread takes at a time: a multiple of dropout's places */
 
-enum { PIECE = 4096 }; /* numbers that a thread takes at a time */
+/* A parallel loop over `count` numbers, PIECE at a time: `at`, and how many there are, `some`. */
+#define FOR_PIECES(count, threads)                                                                                      \
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (long at = 0; at < count; at += PIECE)
+
+static inline long
+count_piece(long count, long at)
+{
+    return count - at < PIECE ? count - at : PIECE;
+}
+
+PyDoc_STRVAR(activate_doc,
+"activate(kernel, x, slopes, count, size, threads)\n\n"
+"GELU of count numbers of size bytes at the address x, in their place, and its slopes there to the address slopes.\n"
+"Raises ValueError for a kernel there is not.");
 
 static PyObject *
 activate(PyObject *module, PyObject *args)
 {
     const char *name;
-    unsigned long long x, y, slope;
+    unsigned long long x, slopes;
     long count, size;
     int threads;
-    if (!PyArg_ParseTuple(args, "sKKKlli", &name, &x, &y, &slope, &count, &size, &threads))
+    if (!PyArg_ParseTuple(args, "sKKlli", &name, &x, &slopes, &count, &size, &threads))
         return NULL;
     const Kernel *kernel = find_kernel(name);
     if (!kernel)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long at = 0; at < count; at += PIECE) {
-        const long some = count - at < PIECE ? count - at : PIECE;
-        kernel->activate((const char *)(uintptr_t)x + at * size, (char *)(uintptr_t)y + at * size,
-                         (char *)(uintptr_t)slope + at * size, some);
-    }
+    FOR_PIECES(count, threads)
+        kernel->activate((char *)(uintptr_t)x + at * size, (char *)(uintptr_t)slopes + at * kernel->slope_bytes,
+                         count_piece(count, at));
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(descend_doc,
+"descend(kernel, gradients, slopes, results, count, size, threads)\n\n"
+"Products of count gradients of size bytes and the slopes that activate wrote: addresses.\n"
+"Raises ValueError for a kernel there is not.");
+
+static PyObject *
+descend(PyObject *module, PyObject *args)
+{
+    const char *name;
+    unsigned long long gradients, slopes, results;
+    long count, size;
+    int threads;
+    if (!PyArg_ParseTuple(args, "sKKKlli", &name, &gradients, &slopes, &results, &count, &size, &threads))
+        return NULL;
+    const Kernel *kernel = find_kernel(name);
+    if (!kernel)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    FOR_PIECES(count, threads)
+        kernel->descend((const char *)(uintptr_t)gradients + at * size,
+                        (const char *)(uintptr_t)slopes + at * kernel->slope_bytes,
+                        (char *)(uintptr_t)results + at * size, count_piece(count, at));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(drop_doc,
+"drop(kernel, x, y, seed, least, factor, count, size, threads)\n\n"
+"Each of count numbers of size bytes times factor, or 0 where its draw, of 0 to 65535 by seed and place, is less than\n"
+"least: from the address x to y, which may be the same. Raises ValueError for a kernel there is not.");
+
+static PyObject *
+drop(PyObject *module, PyObject *args)
+{
+    const char *name;
+    unsigned long long x, y, seed;
+    unsigned int least;
+    float factor;
+    long count, size;
+    int threads;
+    if (!PyArg_ParseTuple(args, "sKKKIflli", &name, &x, &y, &seed, &least, &factor, &count, &size, &threads))
+        return NULL;
+    const Kernel *kernel = find_kernel(name);
+    if (!kernel)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    FOR_PIECES(count, threads)
+        kernel->drop((const char *)(uintptr_t)x + at * size, (char *)(uintptr_t)y + at * size, seed, at,
+                     count_piece(count, at), least, factor);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(count_slope_bytes_doc,
+"count_slope_bytes(kernel) -> int\n\nBytes in which the kernel of this name keeps one slope.\n"
+"Raises ValueError for a kernel there is not.");
+
+static PyObject *
+count_slope_bytes(PyObject *module, PyObject *name)
+{
+    const char *text = PyUnicode_AsUTF8(name);
+    const Kernel *kernel = text ? find_kernel(text) : NULL;
+    return kernel ? PyLong_FromSize_t(kernel->slope_bytes) : NULL;
 }
 
 static PyMethodDef methods[] = {
     {"list_kernels", list_kernels, METH_NOARGS, list_kernels_doc},
     {"attend", attend, METH_VARARGS, attend_doc},
+    {"count_slope_bytes", count_slope_bytes, METH_O, count_slope_bytes_doc},
     {"activate", activate, METH_VARARGS, activate_doc},
+    {"descend", descend, METH_VARARGS, descend_doc},
+    {"drop", drop, METH_VARARGS, drop_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,0 +1,69 @@
+"""Memory for what is kept until the backward pass, side by side and used again by the next step.
+
+The C library leaves holes between tensors of many sizes, a quarter as large as the tensors (forecast.HOLES), and asks
+the system for fresh pages where they are large. A shelf is one piece of memory that many tensors are put on; it comes
+back to its store when the last of them is gone, and the next shelf is made of it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LINE = 64  # bytes of a cache line
+
+
+class Shelf:
+    """One piece of memory that tensors take places on, one behind the other, none of them ever given back alone."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        """``memory``: bytes, which every tensor on it holds on to."""
+        self._memory, self._at = torch.from_numpy(memory), -memory.ctypes.data % LINE
+
+    def take(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this size, not initialised, at a cache line; of other memory where the shelf is full."""
+        place = torch.empty(0, dtype=dtype)  # not a view: what is written to one says nothing of the others
+        number, at = place.element_size(), self._at
+        end = at + math.prod(size) * number
+        if end > len(self._memory):
+            return torch.empty(size, dtype=dtype)
+        self._at = end + -(end - at) % LINE
+        stride = torch.empty(size, device="meta").stride()
+        return place.set_(self._memory.untyped_storage(), at // number, size, stride)
+
+
+class ShelfStore:
+    """Keeps the memory of shelves that nothing is left on."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def open(self, size: int, places: int) -> Shelf:
+        """A shelf for ``places`` tensors of ``size`` bytes in all."""
+        size += LINE * (places + 1)
+        fits = next((at for at, memory in enumerate(self._free) if len(memory) >= size), None)
+        if fits is None:
+            self._free.clear()  # too small for what is asked for now
+            memory = np.empty(size, np.uint8)
+        else:
+            memory = self._free.pop(fits)
+        lent = memory.view()
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return Shelf(lent)
+
+
+class SumOnShelf(torch.autograd.Function):
+    """a + x, written to a place on a shelf."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, x: Tensor, shelf: Shelf) -> Tensor:
+        """a and x of one shape -> the same."""
+        return torch.add(a, x, out=shelf.take(a.shape, a.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, gradient, None
