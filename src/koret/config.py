@@ -143,6 +143,12 @@ class TrainingConfig:
         "training",
         least=64,
     )
+    max_memory_gb: float | None = _knob(
+        None,
+        "GiB the run may hold, of the GPU where one is used: it keeps less, or encodes in pieces; none: what is free",
+        "training",
+        above=0.0,
+    )
     seed: int = _knob(42, "fixes split, order, adapters and dropout", "training", least=0, most=2**31 - 1)
     # adapters
     use_lora: bool = _knob(True, "train low-rank adapters; false trains every weight", "lora")

@@ -150,21 +150,24 @@ class CompiledGelu(torch.autograd.Function):
 class CompiledDropout(torch.autograd.Function):
     """x / (1 - p), or 0 with probability p, in steps of 1/65536; keeps no mask but the seed it is drawn from.
 
-    The seed comes from torch's default generator, so restoring its state repeats the mask. Draws are Philox4x32-10's
-    (Salmon et al. 2011).
+    Draws are Philox4x32-10's (Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, p: float, kernel: CompiledKernel) -> Tensor:
+    def forward(ctx, x: Tensor, p: float, kernel: CompiledKernel, seed: int) -> Tensor:
         """x of any shape -> the same shape."""
         least = min(max(round(p * 65536), 1), 65535)  # smaller draws are dropped
-        seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) % 2**64
         ctx.settings = kernel, seed, least, 1 / (1 - p)
         return _drop(x, *ctx.settings)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _drop(gradient, *ctx.settings), None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _drop(gradient, *ctx.settings), None, None, None
+
+
+def draw_seed() -> int:
+    """64 bits from torch's default generator: restoring its state repeats them."""
+    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) % 2**64
 
 
 def _drop(x: Tensor, kernel: CompiledKernel, seed: int, least: int, factor: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koret.retrieval.compiled import CompiledDropout, CompiledKernel
+from koret.retrieval.compiled import CompiledDropout, CompiledKernel, draw_seed
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
 FEW = 48  # tokens: more of float32, without AVX-512, lose by weights in oneDNN's order
@@ -37,8 +37,13 @@ class Linear:
     adapters: Adapters | None
     trains: bool  # whether W or the bias is trained
 
-    def apply(self, x: Tensor, kernel: CompiledKernel | None = None) -> Tensor:
-        """x (T, C) -> (T, sum of widths). ``kernel`` computes dropout, where there is one."""
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is drawn."""
+        return self.adapters is not None and self.adapters.dropout > 0
+
+    def apply(self, x: Tensor, kernel: CompiledKernel | None = None, seed: int | None = None) -> Tensor:
+        """x (T, C) -> (T, sum of widths). A ``kernel`` computes dropout, from ``seed`` where there is one."""
         adapters = self.adapters
         factors = None if adapters is None else adapters.factors
         early = self.bias if factors is None else None
@@ -50,7 +55,7 @@ class Linear:
             y = torch.cat([FourBitLinear.apply(x, weight) for weight in self.four_bit], dim=1)
             y = y if early is None else y + early
         if adapters is not None:
-            dropped = drop_fast(x, adapters.dropout, kernel) if adapters.dropout else x
+            dropped = drop_fast(x, adapters.dropout, kernel, seed) if self.drops else x
             y = y.addmm_(F.linear(dropped, adapters.down.to(x.dtype)), adapters.up.to(x.dtype).t())
         if factors is not None:
             y = y * factors
@@ -242,14 +247,14 @@ class FourBitLinear(torch.autograd.Function):
         return gradient @ dequantize(ctx.weight).to(gradient.dtype), None
 
 
-def drop_fast(x: Tensor, p: float, kernel: CompiledKernel | None = None) -> Tensor:
+def drop_fast(x: Tensor, p: float, kernel: CompiledKernel | None = None, seed: int | None = None) -> Tensor:
     """Dropout with probability ``p`` (in steps of 1/65536); on CPU from 16-bit draws, faster than F.dropout.
 
     The draws come from torch's default generator, so restoring its state repeats the mask. A byte a value is kept, and
-    nothing where a compiled ``kernel`` draws.
+    nothing where a compiled ``kernel`` draws, from ``seed`` where there is one.
     """
     if kernel is not None:
-        return CompiledDropout.apply(x, p, kernel)
+        return CompiledDropout.apply(x, p, kernel, draw_seed() if seed is None else seed)
     if x.device.type != "cpu":
         return F.dropout(x, p, True)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

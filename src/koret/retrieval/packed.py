@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
-from koret.retrieval.compiled import CompiledGelu, CompiledKernel
+from koret.retrieval.compiled import CompiledGelu, CompiledKernel, draw_seed
 from koret.retrieval.layout import cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 from koret.retrieval.linear import (
     Adapters,
@@ -44,11 +44,12 @@ from koret.retrieval.linear import (
     is_four_bit,
     read_adapters,
 )
-from koret.retrieval.shelf import Shelf, ShelfStore, SumOnShelf
+from koret.retrieval.shelf import NormOnShelf, Shelf, ShelfStore, SumOnShelf
 
 # What is not kept for the backward pass but computed again there, with the same bits: q, k and v of every layer and the
 # norm before them, or all inside of a layer (gradient checkpointing).
 Recompute = Literal["nothing", "projections", "layers"]
+STATISTIC = 4  # bytes of a token's mean, and of its spread, in half precision and in float32
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 Norm = tuple[Tensor, Tensor]  # weight and bias
 SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: fewer take longer, more gain nothing
@@ -149,14 +150,11 @@ class PackedEncoder:
         rows, places = find_firsts(layout, sizes, device) if self.pooling == "cls" else ([None] * len(sizes), None)
         room = SLICE * torch.get_num_threads() if len(sizes) > 1 else 0
         embed = self._plan_embedding(tokens.split(sizes), (positions + self.first_position).split(sizes))
-        firsts, sums = [tokens] * len(sizes), _Sums(owner.split(sizes), len(ids))
+        owners, pooled = owner.split(sizes), [lengths] * len(sizes)
         for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):  # each fits into what the one before it freed
             x = self._run_slice(layers, embed(at), groups[at], rows[at], spare=-sizes[at] % step, room=room)
-            if places is None:
-                sums.add(at, x)
-            else:
-                firsts[at] = x
-        return sums.total / lengths[:, None] if places is None else _widen(torch.cat(firsts))[places]
+            pooled[at] = _TextSums.apply(x, owners[at], len(ids)) if places is None else _widen(x)
+        return sum(pooled) / lengths[:, None] if places is None else torch.cat(pooled)[places]
 
     def _move_groups(self, groups: list, path: AttentionPath, device: torch.device) -> Groups:
         """What attention needs to keep the texts of a slice apart, on the device, once for all layers."""
@@ -198,13 +196,13 @@ class PackedEncoder:
 
     def _open_shelf(self, tokens: int, room: int) -> Shelf | None:
         """Memory for all that so many tokens of a slice keep, where that is known beforehand; at least for ``room``."""
-        if not (self._computes_again("projections") and self.path.takes_slices):
+        if not (torch.is_grad_enabled() and self.recompute != "layers" and self.path.takes_slices):
             return None
         config, size = self.core.config, torch.finfo(self.dtype).bits // 8
         kernel = self._find_activation_kernel()
         slopes = 0 if kernel is None else config.intermediate_size * kernel.slope_bytes
-        kept = config.num_hidden_layers * (2 * config.hidden_size * size + slopes)
-        return self._shelves.open(max(tokens, room) * kept, 3 * config.num_hidden_layers)
+        kept = config.num_hidden_layers * (2 * config.hidden_size * size + 2 * STATISTIC + slopes)
+        return self._shelves.open(max(tokens, room) * kept, 5 * config.num_hidden_layers)
 
     def _plan_embedding(self, tokens: Sequence[Tensor], positions: Sequence[Tensor]) -> Callable[[int], Tensor]:
         """What embeds the flat tokens of a slice: all slices at once where tables train, for a table's gradient is as
@@ -253,14 +251,21 @@ class PackedEncoder:
     ) -> Tensor:
         """One layer but for its last norm: x as the layer before it left it, whose last norm is ``norm``."""
         _, join, widen, narrow = layer.linears
-        again = self._computes_again("projections")
-        mix = _MixOnce(self, layer, norm, groups)
-        x, mixed = checkpoint(mix, x, use_reentrant=False) if again else mix(x)
+        mix = _MixAgain(self, layer, norm, groups)
+        if self._computes_again("projections"):
+            x, mixed = checkpoint(mix, x, use_reentrant=False, preserve_rng_state=self._kernel is None)
+        else:
+            x, mixed = mix(x)
         if rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
-        x = self._normalize(_add(join.apply(mixed, self._kernel), x, shelf), layer.norms[0])
+        mixed = join.apply(mixed, self._kernel)
+        if shelf is None:
+            x = self._normalize(mixed.add_(x), layer.norms[0])
+        else:
+            x = NormOnShelf.apply(mixed, x, *layer.norms[0], self.epsilon, shelf)
         hidden = self._activate(widen.apply(x, self._kernel), shelf)
-        return _add(narrow.apply(hidden, self._kernel), x, shelf)
+        y = narrow.apply(hidden, self._kernel)
+        return y.add_(x) if shelf is None else SumOnShelf.apply(y, x, shelf)
 
     def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
         return x if norm is None else F.layer_norm(x, (x.shape[1],), *norm, self.epsilon)
@@ -319,41 +324,39 @@ class PackedEncoder:
         return self._frozen[key][1]
 
 
-class _MixOnce:
-    """Flat tokens (T, C) -> the same behind ``norm``, and attention's outcome; a second call is the backward pass's."""
+class _MixAgain:
+    """Flat tokens (T, C) -> the same behind ``norm``, and attention's outcome; a second call is the backward pass's.
+
+    Where a kernel draws dropout, every call draws the same.
+    """
 
     def __init__(self, encoder: PackedEncoder, layer: _Layer, norm: Norm | None, groups: Groups) -> None:
         self.encoder, self.layer, self.norm, self.groups, self.was_called = encoder, layer, norm, groups, False
+        drops = encoder._kernel is not None and layer.linears[0].drops
+        self.seed = draw_seed() if drops else None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         encoder, wanted, self.was_called = self.encoder, not self.was_called, True
         x = encoder._normalize(x, self.norm)
-        qkv = self.layer.linears[0].apply(x, encoder._kernel)
+        qkv = self.layer.linears[0].apply(x, encoder._kernel, self.seed)
         return x, mix_tokens(qkv, self.groups, encoder.heads, wanted)
 
 
-def _add(a: Tensor, x: Tensor, shelf: Shelf | None) -> Tensor:
-    """a + x on the shelf, or in the place of a."""
-    return a.add_(x) if shelf is None else SumOnShelf.apply(a, x, shelf)
+class _TextSums(torch.autograd.Function):
+    """Flat tokens added up text by text, in float32 at least; keeps no token, as index_add does."""
 
+    @staticmethod
+    def forward(ctx, x: Tensor, owner: Tensor, texts: int) -> Tensor:
+        """x (T, C), each token's text (T,), N for none -> (N, C)."""
+        ctx.save_for_backward(owner)
+        ctx.dtype = x.dtype
+        wide = _widen(x)
+        return wide.new_zeros(texts + 1, x.shape[1]).index_add_(0, owner, wide)[:-1]
 
-class _Sums:
-    """Adds up the flat tokens of each text, slice by slice; ``owners``: each token's text, N for none."""
-
-    def __init__(self, owners: Sequence[Tensor], texts: int) -> None:
-        self.owners, self.texts, self._sums = owners, texts, None
-
-    def add(self, at: int, x: Tensor) -> None:
-        """x (T, C) of slice ``at``."""
-        x = _widen(x)
-        if self._sums is None:
-            self._sums = x.new_zeros(self.texts + 1, x.shape[1])
-        self._sums = self._sums.index_add(0, self.owners[at], x)
-
-    @property
-    def total(self) -> Tensor:
-        """(N, C)"""
-        return self._sums[:-1]
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (owner,) = ctx.saved_tensors
+        return F.pad(gradient.to(ctx.dtype), (0, 0, 0, 1)).index_select(0, owner), None, None
 
 
 @dataclass

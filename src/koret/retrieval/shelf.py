@@ -43,11 +43,11 @@ class ShelfStore:
         self._free: list[np.ndarray] = []
 
     def open(self, size: int, places: int) -> Shelf:
-        """A shelf for ``places`` tensors of ``size`` bytes in all."""
+        """A shelf for ``places`` tensors of ``size`` bytes in all; of memory that is not twice as large."""
         size += LINE * (places + 1)
-        fits = next((at for at, memory in enumerate(self._free) if len(memory) >= size), None)
+        fits = next((at for at, memory in enumerate(self._free) if size <= len(memory) <= 2 * size), None)
         if fits is None:
-            self._free.clear()  # too small for what is asked for now
+            self._free.clear()  # of another time
             memory = np.empty(size, np.uint8)
         else:
             memory = self._free.pop(fits)
@@ -67,3 +67,23 @@ class SumOnShelf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradient, gradient, None
+
+
+class NormOnShelf(torch.autograd.Function):
+    """The norm of a + x over its last dimension (Ba et al. 2016, arXiv 1607.06450); all that it keeps is on a shelf."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, shelf: Shelf) -> Tensor:
+        """a and x (T, C), weight and bias (C,) -> (T, C)."""
+        total = torch.add(a, x, out=shelf.take(a.shape, a.dtype))
+        y, *found = torch.native_layer_norm(total, weight.shape, weight, bias, epsilon)
+        ctx.save_for_backward(total, weight, bias, *(shelf.take(part.shape, part.dtype).copy_(part) for part in found))
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, bias, mean, factor = ctx.saved_tensors
+        wanted = [any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]]
+        backward = torch.ops.aten.native_layer_norm_backward
+        found, *rest = backward(gradient.contiguous(), total, weight.shape, mean, factor, weight, bias, wanted)
+        return found, found, *rest, None, None

@@ -7,18 +7,16 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from koret.retrieval.encoder import TextEncoder
-from koret.retrieval.packed import Recompute
 from koret.retrieval.processes import Process
 
-MUCH = 1 << 30  # bytes: a step on a CPU that would keep more computes q, k and v again
 SHARE = 0.5  # of the memory that is free may be filled with activations
+LEAST = 1024  # tokens at a time, however little is free
 PROBE = 64  # tokens of a text that is only there to be counted
 ALONE = Process()
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -26,51 +24,14 @@ LARGEST_KEPT = 32 << 20  # bytes: glibc takes no more
 FALLBACK = 4 << 30  # bytes taken for free where the system does not say
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a step keeps for its backward pass: bytes a token, the tokens encoded at a time, and what is not kept."""
-
-    per_token: int
-    budget: int
-    recompute: Recompute
-
-
-def plan_memory(encoder: TextEncoder, heaviest: int, asked: int | None = None, process: Process = ALONE) -> MemoryPlan:
-    """Choose how a batch of up to ``heaviest`` tokens is encoded, and set ``encoder.recompute`` to it.
-
-    As a whole where that fits into memory, and keeping everything where that is not ``MUCH``. Else q, k and v are
-    computed again in the backward pass, which takes a ninth more time and keeps half as much. What does not fit then
-    either goes in pieces (GradCache), which takes half as much time again. ``asked``: tokens at a time that were asked
-    for. Gradients are the same in every case, and with the same bits in the first two.
-    """
-    plan = _measure_plan(encoder, asked, process)
-    if plan.recompute != "nothing" or encoder.slow_path_reason is not None:
-        return plan
-    at_once = min(heaviest, asked or heaviest)
-    fits = plan.budget >= at_once
-    if fits and (encoder.device.type != "cpu" or at_once * plan.per_token <= MUCH):
-        return plan
-    encoder.recompute = "projections"
-    lean = _measure_plan(encoder, asked, process)
-    if lean.budget >= at_once:
-        return lean
-    encoder.recompute = "nothing"
-    return plan
-
-
-def _measure_plan(encoder: TextEncoder, asked: int | None, process: Process) -> MemoryPlan:
-    per_token = measure_bytes_per_token(encoder)
-    return MemoryPlan(per_token, asked or choose_micro_batch_tokens(encoder, per_token, process), encoder.recompute)
-
-
 def choose_micro_batch_tokens(encoder: TextEncoder, per_token: int, process: Process = ALONE) -> int:
     """Tokens whose activations, ``per_token`` bytes each, fill half of the device's free memory.
 
-    A power of two or half as much again, at least 1024: a coarse measure, so that a run and the next one cut their
+    A power of two or half as much again, at least ``LEAST``: a coarse measure, so that a run and the next one cut their
     batches alike. Processes that compute on one machine's CPU share its memory.
     """
     free = read_free_memory(encoder.device) // (process.local_count if encoder.device.type == "cpu" else 1)
-    tokens = max(1024, int(SHARE * free / per_token))
+    tokens = max(LEAST, int(SHARE * free / per_token))
     power = 1 << (tokens.bit_length() - 1)
     return power * 3 // 2 if tokens >= power * 3 // 2 else power
 

@@ -29,7 +29,8 @@ from koret.training.gradients import collect_values, group_by_module, measure_no
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
 from koret.training.measurements import Measurements, NumericFault
-from koret.training.memory import keep_freed, plan_memory, return_freed
+from koret.training.memory import keep_freed, return_freed
+from koret.training.memory_plan import plan_memory
 from koret.training.objectives import Objective
 from koret.training.optimization import GuardedOptimizer, cap_warmup, find_learning_rate
 from koret.training.plan import describe_plan
@@ -282,7 +283,15 @@ class EmbeddingTrainer:
         chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
         batches = self.job.report["batches"]
         heaviest = batches["tokens_of_the_heaviest"] // self.group.process.count
-        plan = plan_memory(self.encoder, heaviest, chosen, self.group.process)
+        limit = None if config.max_memory_gb is None else int(config.max_memory_gb * 2**30)
+        plan = plan_memory(
+            self.encoder,
+            heaviest,
+            merges=config.use_lora,
+            asked=chosen,
+            limit=limit,
+            process=self.group.process,
+        )
         budget = min(self.group.gather(plan.budget))
         self.gradients = BatchGradients(
             self.encoder,
@@ -351,6 +360,12 @@ class EmbeddingTrainer:
         for line in describe_plan(self.config, self.encoder, self.job, self.warmup, self.group.process.count):
             self.terminal.say(line)
         self.terminal.say(str(self.pace.peak))
+        limit = self.config.max_memory_gb
+        if limit is not None and self.pace.peak.peak > limit * 2**30:
+            self.terminal.say(
+                f"max_memory_gb: {limit:g} is less than this run will hold; a smaller max_seq_length or "
+                "micro_batch_tokens, or gradient_checkpointing, takes less"
+            )
 
     def _wait(self) -> None:
         if self.encoder.device.type == "cuda":

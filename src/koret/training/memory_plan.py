@@ -1,0 +1,58 @@
+"""How the batches of a training are encoded in the memory there is: whole, keeping less, or in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from koret.retrieval.encoder import TextEncoder
+from koret.retrieval.processes import Process
+from koret.training.forecast import forecast_peak
+from koret.training.memory import ALONE, LEAST, choose_micro_batch_tokens, measure_bytes_per_token
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a step keeps for its backward pass per token, tokens encoded at a time, and whether that fits."""
+
+    per_token: int
+    budget: int
+    fits: bool
+
+
+def plan_memory(
+    encoder: TextEncoder,
+    heaviest: int,
+    *,
+    merges: bool,
+    asked: int | None = None,
+    limit: int | None = None,
+    process: Process = ALONE,
+) -> MemoryPlan:
+    """Choose how batches of up to ``heaviest`` tokens are encoded, and set ``encoder.recompute`` to it.
+
+    As a whole, keeping everything, where that fits into half of the free memory and under ``limit``, the bytes that
+    this process may hold. Else q, k and v are computed again in the backward pass: half is kept, and a step takes a
+    ninth more time. What does not fit then either goes in pieces (GradCache), which takes half as much time again.
+    ``asked``: tokens at a time that were asked for. ``merges``: whether a merged copy of the model is made at the end.
+
+    Gradients are the same in every case, and with the same bits in the first two.
+    """
+
+    def plan() -> MemoryPlan:
+        per_token = measure_bytes_per_token(encoder)
+        budget = asked or choose_micro_batch_tokens(encoder, per_token, process)
+        peak = forecast_peak(encoder, per_token, budget, heaviest, merges)
+        if limit is not None and not asked:
+            budget = min(budget, max(LEAST, peak.count_tokens(limit)))
+            peak = forecast_peak(encoder, per_token, budget, heaviest, merges)
+        within = limit is None or peak.peak <= limit
+        return MemoryPlan(per_token, budget, within and budget >= min(heaviest, asked or heaviest))
+
+    whole = plan()
+    if whole.fits or encoder.recompute != "nothing" or encoder.slow_path_reason is not None:
+        return whole
+    encoder.recompute = "projections"
+    lean = plan()
+    if not lean.fits and not asked:
+        encoder.recompute = "nothing"
+    return lean if encoder.recompute == "projections" else whole
