@@ -2,7 +2,7 @@
 
     python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:64 passage:64 ...] [--threads 1]
                                      [--steps 2] [--rounds 2] [--arms koret naive ...] [--device cpu] [--limit-gb 10]
-                                     [--beside 0] [--name MACHINE]
+                                     [--beside 0] [--name MACHINE] [--lean-gb 1.75]
     python benchmarks/train_speed.py KorQuAD_v1.0_dev.json --curves
 
 Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
@@ -11,6 +11,7 @@ clipping. Each arm is a process of its own in every round, the order turning; it
 writes a log. Arms:
 
   koret         koret train, everything at its defaults, waiting threads as the command sets them (koret.cli)
+  koret-lean    the same with --max-memory-gb at --lean-gb
   koret-small   the same with 2,048 tokens encoded at a time (GradCache)
   koret-spin    the same as koret with threads that wait as OpenMP has them wait
   naive         the loop many people have: transformers, PEFT, padded batches tokenised as they come
@@ -111,13 +112,13 @@ def read_clocks() -> list[float]:
     return [time.perf_counter(), time.process_time()]
 
 
-def train_koret(work: dict[str, Any], folder: Path, tokens: int | None = None) -> Seconds:
+def train_koret(work: dict[str, Any], folder: Path, tokens: int | None = None, most_gb: float | None = None) -> Seconds:
     """The trainer's own loop; a step lasts from its first gradient to the first of the next, logging included."""
     from koret.training.batch_gradients import BatchGradients
     from koret.training.trainer import EmbeddingTrainer
 
     config = make_config(work["data"], work["model"], work["task"], work["batch"], work["steps"] + 1, folder)
-    config.micro_batch_tokens = tokens
+    config.micro_batch_tokens, config.max_memory_gb = tokens, most_gb
     starts, add = [], BatchGradients.add
 
     def timed(self: BatchGradients, batches: Any) -> torch.Tensor:
@@ -212,6 +213,7 @@ def train_peer(
 
 ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "koret": train_koret,
+    "koret-lean": lambda work, folder: train_koret(work, folder, most_gb=work["lean_gb"]),
     "koret-small": lambda work, folder: train_koret(work, folder, tokens=2048),
     "koret-spin": train_koret,
     "naive": train_naive,
@@ -280,6 +282,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
     given = {
         "data": str(options.data), "model": str(model), "task": task, "batch": batch, "steps": options.steps + 1,
         "pairs": pairs, "threads": options.threads, "device": options.device, "limit_gb": options.limit_gb,
+        "lean_gb": options.lean_gb,
     }  # fmt: skip
     file = folder / f"{task}-{batch}.json"
     file.write_text(json.dumps(given), encoding="utf-8")
@@ -377,6 +380,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-gb", type=float, default=10.0)
+    parser.add_argument("--lean-gb", type=float, default=1.75)
     parser.add_argument("--name", help="of the machine, where its results are kept beside another one's")
     parser.add_argument("--curves", action="store_true")
     options = parser.parse_args()

@@ -69,12 +69,15 @@ main(void)
         for (int s = 0; s < SIZES; s++)
             for (int i = 0; i < 6; i++)
                 attend(kernels[k], bytes, sizes[s], i < 3 ? 40 : 150);
-        for (long count = 0; count < 70; count++) {
-            void *x = draw(count, bytes), *y = malloc(count * bytes), *slope = malloc(count * bytes);
-            kernels[k]->activate(x, y, slope, count);
+        for (long count = 0; count < 300; count++) {
+            void *x = draw(count, bytes), *y = malloc(count * bytes), *slopes = malloc(count * kernels[k]->slope_bytes);
+            kernels[k]->activate(x, slopes, count);
+            kernels[k]->descend(x, slopes, y, count);
+            kernels[k]->drop(x, y, 7, 0, count, 9000, 1.5f);
+            kernels[k]->drop(x, x, 7, 1280, count, 9000, 1.5f);
             free(x);
             free(y);
-            free(slope);
+            free(slopes);
         }
         printf("%s\n", kernels[k]->name);
     }

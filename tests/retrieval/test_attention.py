@@ -160,9 +160,9 @@ def test_all_layers_share_the_bounds_and_the_kernel_reads_the_projection_where_i
         calls.append((q, k, v, *rest))
         return attend(q, k, v, *rest)
 
-    def note(qkv, groups, heads):
+    def note(qkv, *rest):
         projected.append(qkv)
-        return attention.mix_tokens(qkv, groups, heads)
+        return attention.mix_tokens(qkv, *rest)
 
     use_flat(monkeypatch, record)
     monkeypatch.setattr(packed, "mix_tokens", note)

@@ -18,6 +18,7 @@ from koret.retrieval import attention, compiled, packed
 from koret.retrieval.attention import BlockAttention, FlatTexts, mix_flat, mix_plainly
 from koret.retrieval.compiled import CompiledAttention, CompiledGelu, CompiledKernel, find_compiled, load_kernels
 from koret.retrieval.layout import plan_layout
+from koret.retrieval.linear import drop_fast
 
 CPU = torch.device("cpu")
 KERNELS = [] if load_kernels() is None else load_kernels().list_kernels()
@@ -214,9 +215,12 @@ def test_gelu_and_its_slope_are_those_of_torch_in_float64(name):
     true = true.detach()
     if find_type(name) == torch.float32:
         assert ((y - true).abs() <= 3e-7 * x.double().abs() + 1e-30).all() and (slope - steep).abs().max() < 1e-6
-    else:  # as near as rounding to 8 bits leaves it, tails included
+    else:  # as near as rounding to 8 bits leaves it, tails included; a slope to half a step of a 200th
         assert ((y - true).abs() <= 2**-8 * true.abs() + 1e-7 * x.double().abs().clamp(max=14) + 1e-30).all()
-        assert ((slope - steep).abs() <= 2**-8 * steep.abs() + 1e-6).all()
+        kept = slope.double()
+        assert ((kept - steep).abs() <= 0.0025 + 2**-8 * kept.abs() + 1e-6).all()
+        assert (kept[steep.abs() < 1e-3] == 0).all() and (kept[(steep - 1).abs() < 1e-3] == 1).all()
+        assert abs((kept - steep)[(x > -4) & (x < 4)].mean()) < 1e-4  # no bias
 
 
 @EVERY_KERNEL
@@ -239,11 +243,19 @@ def test_gelu_passes_on_what_is_no_number_and_touches_nothing_beside_it(name):
     y, slope = activate(name, x)
     assert torch.isnan(y[1]) and torch.isnan(slope[1]) and y[2] == float("inf")
     assert torch.isfinite(y[[0, 3]]).all() and torch.isfinite(slope[[0, 3]]).all()
-    frames = [torch.full((64,), 7.0).to(x.dtype) for _ in range(2)]
-    addresses = [frame[20:].data_ptr() for frame in frames]
-    load_kernels().activate(name, x.data_ptr(), *addresses, 4, x.element_size(), 1)
+    kernel, threads = load_kernels(), 1
+    frames = [torch.full((64,), 7.0).to(x.dtype) for _ in range(3)]
+    slopes = torch.full((64,), 7, dtype=torch.uint8)
+    values, gradients, results = (frame[20:].data_ptr() for frame in frames)
+    size = x.element_size()
+    frames[0][20:24], frames[1][20:24] = x, 3
+    kernel.activate(name, values, slopes[20:].data_ptr(), 4, size, threads)
+    kernel.descend(name, gradients, slopes[20:].data_ptr(), results, 4, size, threads)
+    kernel.drop(name, values, gradients, 5, 60000, 2.0, 4, size, threads)
     for frame in frames:
         assert (frame[:20] == 7).all() and (frame[24:] == 7).all() and not (frame[20:24] == 7).any()
+    end = 20 + 4 * CompiledKernel(name).slope_bytes
+    assert (slopes[:20] == 7).all() and (slopes[end:] == 7).all()
 
 
 @EVERY_KERNEL
@@ -273,6 +285,76 @@ def test_other_activations_are_left_to_torch(name, activation, compiled_one, mon
     assert bool(calls) == compiled_one
     with torch.no_grad():
         assert torch.cosine_similarity(vectors.double(), pool_padded(module.double(), ids), dim=1).min() > 0.999
+
+
+# ---- dropout
+
+
+def draw_plainly(seed: int, count: int) -> list[int]:
+    """The draws of 16 bits of so many places, from Philox4x32-10 as its paper writes it."""
+    blocks: dict[int, list[int]] = {}
+
+    def run(block: int) -> list[int]:
+        x, key = [block % 2**32, block >> 32, 0, 0], [seed % 2**32, seed >> 32]
+        for _ in range(10):
+            first, third = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+            x = [third >> 32 ^ x[1] ^ key[0], third % 2**32, first >> 32 ^ x[3] ^ key[1], first % 2**32]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        return x
+
+    assert [f"{word:08x}" for word in run(0)] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"] or seed
+    draws = []
+    for place in range(count):
+        block = place // 128 * 16 + place % 16
+        words = blocks.setdefault(block, run(block) if block not in blocks else [])
+        draws.append(words[place % 128 // 32] >> (16 * (place % 32 // 16)) & 0xFFFF)
+    return draws
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("seed", [0, 0x0123456789ABCDEF, 2**64 - 1])
+def test_dropout_draws_the_papers_numbers_whatever_the_kernel(name, seed):
+    """Its own known answer for zeros is in ``draw_plainly``; more than one piece of a thread, and a rest."""
+    count = 4096 + 300
+    draws = torch.tensor(draw_plainly(seed, count))
+    for least in (1, 6554, 65535):
+        x = torch.randn(count).to(find_type(name)).requires_grad_()
+        y = compiled._drop(x.detach(), CompiledKernel(name), seed, least, 1.25)
+        assert torch.equal(y, torch.where(draws >= least, x.detach() * 1.25, 0.0))
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9])
+def test_dropout_scales_values_and_gradients_by_one_mask(name, p):
+    torch.manual_seed(3)
+    x = torch.randn(137, 53).to(find_type(name)).requires_grad_()
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = drop_fast(x, p, CompiledKernel(name))
+    aim = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad(found, x, aim)
+    stays, factor = found != 0, 1 / (1 - p)
+    assert not kept
+    assert torch.equal(found, torch.where(stays, x * factor, 0.0))
+    assert torch.equal(gradient, torch.where(stays, aim * factor, 0.0))
+    assert abs(stays.double().mean().item() - (1 - p)) < 0.03  # five standard deviations
+
+
+@EVERY_KERNEL
+def test_dropout_repeats_with_the_generator_and_with_any_number_of_threads(name):
+    kernel, ones = CompiledKernel(name), torch.ones(400_003).to(find_type(name))
+    torch.manual_seed(3)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    first, second = drop_fast(ones, 0.1, kernel), drop_fast(ones, 0.1, kernel)
+    torch.set_rng_state(state)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(first, drop_fast(ones, 0.1, kernel))
+    finally:
+        torch.set_num_threads(threads)
+    assert abs((first != 0).double().mean().item() - 0.9) < 0.003  # five standard deviations are 0.0024
+    both = ((first == 0) & (second == 0)).double().mean().item()
+    assert abs(both - 0.01) < 0.001  # two draws know nothing of each other
 
 
 # ---- the encoder on it
@@ -324,6 +406,31 @@ def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
         assert torch.cosine_similarity(vectors.double(), exact, dim=1).min() > 0.998
         for mine, reference in zip(found, expected, strict=True):
             assert torch.cosine_similarity(mine.double().flatten(), reference.flatten(), dim=0) > 0.99
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("most", [packed.SLICE, 100], ids=["one slice", "slices"])
+def test_what_is_computed_again_has_the_same_bits(name, pooling, most, monkeypatch):
+    """With dropout: the backward pass draws the mask of the forward pass."""
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    monkeypatch.setattr(packed, "SLICE", most)
+    module, ids = build("roberta").float().train(), draw_ids(ODD_LENGTHS)
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    found = {}
+    for recompute in ("nothing", "projections", "layers"):
+        encoder = packed.PackedEncoder(module, pooling, find_type(name), recompute)
+        for _ in range(2):  # the second time on memory that held something
+            torch.manual_seed(1)
+            vectors = encoder.forward(ids)
+            found[recompute] = [vectors.detach(), *torch.autograd.grad(vectors.sin().sum(), trained)]
+            torch.rand(1)
+    assert found["nothing"][1].abs().sum() > 0
+    for recompute in ("projections", "layers"):
+        assert all(map(torch.equal, found[recompute], found["nothing"])), recompute
 
 
 # ---- memory

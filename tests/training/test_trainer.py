@@ -236,6 +236,20 @@ def test_micro_batches_do_not_change_the_training(make_config, toy_data):
         torch.testing.assert_close(parameter, chunked.parameters[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_limit_of_memory_does_not_change_the_training(make_config, toy_data, silent):
+    """With dropout: what is computed again draws the same."""
+    found = {}
+    for name, changes in {"free": {}, "limited": {"max_memory_gb": 0.01}}.items():
+        found[name], run = train(make_config(**changes), toy_data, silent)
+        assert run.config["max_memory_gb"] == changes.get("max_memory_gb")
+    assert (found["free"].encoder.recompute, found["limited"].encoder.recompute) == ("nothing", "projections")
+    said = silent.file.getvalue()
+    assert "q, k and v computed again instead of kept" in said
+    assert "max_memory_gb: 0.01 is less than this run will hold; a smaller max_seq_length" in said
+    for name, parameter in found["free"].parameters.items():
+        assert torch.equal(parameter, found["limited"].parameters[name])
+
+
 def run_out_of_memory(trainer, above):
     """From its second step on, embedding more than ``above`` tokens fails as on a full device."""
     plain = trainer.encoder.embed

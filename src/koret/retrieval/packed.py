@@ -49,7 +49,7 @@ from koret.retrieval.shelf import NormOnShelf, Shelf, ShelfStore, SumOnShelf
 # What is not kept for the backward pass but computed again there, with the same bits: q, k and v of every layer and the
 # norm before them, or all inside of a layer (gradient checkpointing).
 Recompute = Literal["nothing", "projections", "layers"]
-STATISTIC = 4  # bytes of a token's mean, and of its spread, in half precision and in float32
+STATISTIC = 4  # bytes at least of a token's mean, and of its spread
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 Norm = tuple[Tensor, Tensor]  # weight and bias
 SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: fewer take longer, more gain nothing
@@ -201,7 +201,7 @@ class PackedEncoder:
         config, size = self.core.config, torch.finfo(self.dtype).bits // 8
         kernel = self._find_activation_kernel()
         slopes = 0 if kernel is None else config.intermediate_size * kernel.slope_bytes
-        kept = config.num_hidden_layers * (2 * config.hidden_size * size + 2 * STATISTIC + slopes)
+        kept = config.num_hidden_layers * (2 * (config.hidden_size * size + max(size, STATISTIC)) + slopes)
         return self._shelves.open(max(tokens, room) * kept, 5 * config.num_hidden_layers)
 
     def _plan_embedding(self, tokens: Sequence[Tensor], positions: Sequence[Tensor]) -> Callable[[int], Tensor]:

@@ -1,0 +1,86 @@
+"""Memory that many tensors share: never lent twice, used again when nothing is left on it."""
+
+import gc
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from koret.retrieval.shelf import LINE, NormOnShelf, ShelfStore, SumOnShelf
+
+
+def test_tensors_stand_side_by_side_and_apart():
+    shelf = ShelfStore().open(1000 + 300 * 2 + 128 * 8, 3)
+    taken = [shelf.take((10, 100), torch.uint8), shelf.take((300,), torch.bfloat16), shelf.take((8, 16), torch.float64)]
+    assert all(x.data_ptr() % LINE == 0 and x.is_contiguous() for x in taken)
+    assert len({x.untyped_storage().data_ptr() for x in taken}) == 1
+    before = [x._version for x in taken]
+    for value, x in enumerate(taken, 1):
+        x.fill_(value)
+    for value, (x, version) in enumerate(zip(taken, before, strict=True), 1):
+        assert (x == value).all() and x._version == version + 1  # what is written to one is not told of the others
+
+
+def test_a_full_shelf_gives_other_memory():
+    shelf = ShelfStore().open(100, 1)
+    first, second = shelf.take((100,), torch.uint8), shelf.take((100,), torch.uint8)
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert second.shape == (100,)
+
+
+def test_memory_comes_back_when_its_last_tensor_is_gone():
+    store = ShelfStore()
+    shelf = store.open(4000, 1)
+    place = shelf.take((1000,), torch.float32)
+    where, kept = place.untyped_storage().data_ptr(), place[5:7]
+    del shelf, place
+    gc.collect()
+    other = store.open(4000, 1)  # a view still stands on the first
+    assert other.take((1,), torch.uint8).untyped_storage().data_ptr() != where
+    kept.fill_(1)
+    del kept
+    gc.collect()
+    assert store.open(3000, 1).take((1,), torch.uint8).untyped_storage().data_ptr() == where
+
+
+def test_memory_of_another_size_is_let_go():
+    store = ShelfStore()
+    store.open(10_000, 1)
+    assert len(store._free) == 1
+    small = store.open(1000, 1)
+    assert not store._free  # ten times what was asked for
+    del small
+    store.open(2000, 1)
+    assert [len(memory) for memory in store._free] == [2000 + 2 * LINE]
+
+
+def test_a_graph_keeps_its_memory_until_it_is_gone():
+    store = ShelfStore()
+    a = torch.randn(64, 32, requires_grad=True)
+
+    def run():
+        return SumOnShelf.apply(a, a * 2, store.open(64 * 32 * 4, 1)).square().sum()
+
+    first, second = run(), run()  # both wait for their backward pass
+    for loss in (second, first):
+        (found,) = torch.autograd.grad(loss, a)
+        assert torch.allclose(found, 18 * a)
+    del first, second, loss
+    gc.collect()
+    assert len(store._free) == 2
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_norm_is_torchs_and_so_are_its_gradients(trained):
+    torch.manual_seed(0)
+    store = ShelfStore()
+    a, x = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=trained) for _ in range(2))
+
+    def norm(*given):
+        return NormOnShelf.apply(*given, 1e-5, store.open(5 * 8 * 8 + 2 * 5 * 8, 3))
+
+    expected = torch.nn.functional.layer_norm(a + x, (8,), weight, bias, 1e-5)
+    assert torch.equal(norm(a, x, weight, bias), expected)
+    assert gradcheck(norm, (a, x, weight, bias))
+    assert gradcheck(lambda a, x: SumOnShelf.apply(a, x, store.open(5 * 8 * 8, 1)).square(), (a, x))

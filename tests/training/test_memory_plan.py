@@ -1,0 +1,89 @@
+"""Whole, keeping less, or in pieces: what is chosen, and that the forecast of it stays below a limit."""
+
+import pytest
+
+from koret.retrieval.encoder import load_encoder
+from koret.training import memory
+from koret.training.lora import setup_lora_model
+from koret.training.memory import SHARE, measure_bytes_per_token
+from koret.training.memory_plan import plan_memory
+
+HEAVIEST = 400_000  # tokens
+
+
+@pytest.fixture
+def encoder(tiny_model):
+    encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
+    setup_lora_model(encoder, 4, 8, 0.1)
+    return encoder
+
+
+@pytest.fixture
+def costs(encoder):
+    """Bytes a token of each way."""
+    found = {}
+    for encoder.recompute in ("nothing", "projections"):
+        found[encoder.recompute] = measure_bytes_per_token(encoder)
+    encoder.recompute = "nothing"
+    assert found["projections"] < 0.8 * found["nothing"]
+    return found
+
+
+def plan(encoder, heaviest=HEAVIEST, **settings):
+    return plan_memory(encoder, heaviest, merges=True, **settings)
+
+
+def test_a_batch_goes_whole_then_keeps_less_then_goes_in_pieces(encoder, costs, monkeypatch):
+    def free(bytes_):
+        monkeypatch.setattr(memory, "read_free_memory", lambda device: int(bytes_ / SHARE))
+        encoder.recompute = "nothing"
+        return plan(encoder)
+
+    found = free(4 * HEAVIEST * costs["nothing"])
+    assert (encoder.recompute, found.per_token, found.fits) == ("nothing", costs["nothing"], True)
+    assert found.budget >= HEAVIEST
+    # budgets are powers of two or half as much again: 393,216 tokens are too few and 524,288 enough
+    found = free(524_288 * costs["projections"] * 1.01)
+    assert (encoder.recompute, found.per_token, found.fits) == ("projections", costs["projections"], True)
+    found = free(300_000 * costs["projections"])
+    assert (encoder.recompute, found.per_token, found.fits) == ("nothing", costs["nothing"], False)
+    assert found.budget < 300_000
+
+
+def test_a_limit_does_the_same(encoder, costs):
+    from koret.training.forecast import forecast_peak
+
+    def peak(budget=HEAVIEST):
+        return forecast_peak(encoder, measure_bytes_per_token(encoder), budget, HEAVIEST, True).peak
+
+    whole = peak()
+    encoder.recompute = "projections"
+    lean = peak()
+    encoder.recompute = "nothing"
+    assert lean < whole
+    assert plan(encoder, limit=int(whole * 1.02)).fits and encoder.recompute == "nothing"
+    assert plan(encoder, limit=(lean + whole) // 2).fits and encoder.recompute == "projections"
+    encoder.recompute = "nothing"
+    limit = int(peak(50_000) * 1.01)
+    pieces = plan(encoder, limit=limit)
+    assert not pieces.fits and encoder.recompute == "nothing" and 1024 < pieces.budget < HEAVIEST
+    assert peak(pieces.budget) < limit * 1.02
+
+
+def test_what_cannot_be_held_is_planned_as_small_as_can_be(encoder):
+    found = plan(encoder, limit=1 << 20)
+    assert (found.budget, found.fits, encoder.recompute) == (memory.LEAST, False, "nothing")
+    small = plan(encoder, heaviest=100, limit=1 << 20)
+    assert not small.fits
+
+
+def test_what_was_asked_for_stays(encoder, costs, monkeypatch):
+    found = plan(encoder, asked=2048)
+    assert (found.budget, found.fits, encoder.recompute) == (2048, True, "nothing")
+    found = plan(encoder, asked=2048, limit=1 << 20)  # keeps less than it could, at least
+    assert (found.budget, found.fits, encoder.recompute) == (2048, False, "projections")
+    encoder.recompute = "layers"  # gradient checkpointing
+    assert plan(encoder, limit=1 << 20).per_token < costs["projections"] and encoder.recompute == "layers"
+    encoder.recompute, encoder.slow_path_reason = "nothing", "asked for"
+    plan(encoder, limit=1 << 20)
+    assert encoder.recompute == "nothing"
