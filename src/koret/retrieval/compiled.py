@@ -126,10 +126,9 @@ class CompiledGelu(torch.autograd.Function):
     def forward(ctx, x: Tensor, kernel: CompiledKernel, place: Tensor | None = None) -> Tensor:
         """x of any shape, which is overwritten -> the same shape; ``place``: bytes that may keep the slopes."""
         y = _hold(x, kernel.dtype)
-        if y is x:
+        if x.is_contiguous():
+            y = x
             ctx.mark_dirty(x)
-        else:
-            y = y.clone() if y.data_ptr() == x.data_ptr() else y
         slopes = torch.empty(y.numel() * kernel.slope_bytes, dtype=torch.uint8) if place is None else place
         if len(slopes) != y.numel() * kernel.slope_bytes:
             raise ValueError(f"{len(slopes)} bytes are not those of the slopes of {y.numel()} numbers")

@@ -30,7 +30,9 @@ CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two m
 # some sixty (glibc 2.36, 2,600 to 9,200 tokens at a time). glibc before 2.38 puts no aligned piece where one of its own
 # size was freed (its bug 14581).
 HOLES, GROWTH = 0.2, 0.25
-PASSING = 10  # where what is kept lies apart, holes are left by what passes: so many times the widest layer's numbers
+# Where what is kept lies apart, on shelves, holes are left by what passes alone: so many times what the widest layer
+# computes for a slice (3 to 60 steps of 2,600 to 18,000 tokens).
+PASSING = 12
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -94,11 +96,12 @@ class PeakForecast:
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
+        lost = f"; {self.lost:.0%} more lost between tensors" if self.lost else ""
         again = ", q, k and v computed again instead of kept" if self.again else ""
         return (
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
             f"{self.activations / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
-            f"{self.tokens:,} tokens at a time at most{pieces}{again}; {self.lost:.0%} more lost between tensors), "
+            f"{self.tokens:,} tokens at a time at most{pieces}{again}{lost}), "
             f"{self.state / 2**30:.2f} for gradients and AdamW, "
             f"when nothing trains {self.scoring / 2**30:.2f} for scoring, {self.saving / 2**30:.2f} for a checkpoint"
         )
@@ -126,8 +129,8 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         products = find_products(encoder) if sliced else []
         scoring += count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
     pieces = -(-heaviest // budget)
-    again = encoder.recompute == "projections"
-    cpu, shelved = encoder.device.type == "cpu", again and sliced  # on CUDA tensors are counted, not memory
+    cpu = encoder.device.type == "cpu"  # on CUDA tensors are counted, not memory
+    shelved = sliced and encoder.recompute != "layers" and not trains_layers(encoder)
     return PeakForecast(
         held=read_held(encoder.device),
         per_token=per_token,
@@ -139,7 +142,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         holes=HOLES if cpu and not shelved else 0.0,
         growth=GROWTH if cpu and not shelved else 0.0,
         passing=min(tokens, slice_tokens) * numbers * size * (PASSING if shelved else 1),
-        again=again,
+        again=encoder.recompute == "projections",
     )
 
 
@@ -147,6 +150,12 @@ def find_products(encoder: TextEncoder) -> list[torch.nn.Parameter]:
     """The frozen matrices that every token is multiplied with."""
     layers = find_core(encoder.backbone).encoder.layer
     return [p for name, p in layers.named_parameters() if p.dim() == 2 and not p.requires_grad and ".lora_" not in name]
+
+
+def trains_layers(encoder: TextEncoder) -> bool:
+    """Whether more of the layers trains than adapters."""
+    layers = find_core(encoder.backbone).encoder.layer
+    return any(p.requires_grad and ".lora_" not in name for name, p in layers.named_parameters())
 
 
 def count_merged(encoder: TextEncoder) -> int:
