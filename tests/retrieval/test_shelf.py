@@ -22,10 +22,10 @@ def test_tensors_stand_side_by_side_and_apart():
 
 
 def test_a_full_shelf_gives_other_memory():
-    shelf = ShelfStore().open(100, 1)
-    first, second = shelf.take((100,), torch.uint8), shelf.take((100,), torch.uint8)
+    shelf = ShelfStore().open(1000, 1)
+    first, second = shelf.take((1000,), torch.uint8), shelf.take((1000,), torch.uint8)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
-    assert second.shape == (100,)
+    assert second.shape == (1000,)
 
 
 def test_memory_comes_back_when_its_last_tensor_is_gone():
@@ -43,6 +43,17 @@ def test_memory_comes_back_when_its_last_tensor_is_gone():
     assert store.open(3000, 1).take((1,), torch.uint8).untyped_storage().data_ptr() == where
 
 
+def test_the_oldest_memory_is_lent_first():
+    store = ShelfStore()
+    shelves = [store.open(1000, 1) for _ in range(3)]
+    where = [shelf._memory.data_ptr() for shelf in shelves]
+    for at in (1, 2, 0):  # in whatever order it comes back
+        shelves[at] = None
+    gc.collect()
+    again = [store.open(900, 1) for _ in range(3)]
+    assert [shelf._memory.data_ptr() for shelf in again] == where
+
+
 def test_memory_of_another_size_is_let_go():
     store = ShelfStore()
     store.open(10_000, 1)
@@ -51,7 +62,7 @@ def test_memory_of_another_size_is_let_go():
     assert not store._free  # ten times what was asked for
     del small
     store.open(2000, 1)
-    assert [len(memory) for memory in store._free] == [2000 + 2 * LINE]
+    assert [len(memory) for memory in store._free.values()] == [2000 + 2 * LINE]
 
 
 def test_a_graph_keeps_its_memory_until_it_is_gone():

@@ -37,22 +37,29 @@ class Shelf:
 
 
 class ShelfStore:
-    """Keeps the memory of shelves that nothing is left on."""
+    """Keeps the memory of shelves that nothing is left on.
+
+    The oldest of it is lent first: where shelves are opened from the fullest to the emptiest, the ends of the last ones
+    are never written to, and never taken from the system.
+    """
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
+        self._free: dict[int, np.ndarray] = {}  # by age
+        self._made = 0
 
     def open(self, size: int, places: int) -> Shelf:
         """A shelf for ``places`` tensors of ``size`` bytes in all; of memory that is not twice as large."""
         size += LINE * (places + 1)
-        fits = next((at for at, memory in enumerate(self._free) if size <= len(memory) <= 2 * size), None)
-        if fits is None:
-            self._free.clear()  # of another time
-            memory = np.empty(size, np.uint8)
+        fitting = [age for age, memory in self._free.items() if size <= len(memory) <= 2 * size]
+        if fitting:
+            age = min(fitting)
+            memory = self._free.pop(age)
         else:
-            memory = self._free.pop(fits)
+            self._free.clear()  # of another time
+            age, memory = self._made, np.empty(size, np.uint8)
+            self._made += 1
         lent = memory.view()
-        weakref.finalize(lent, self._free.append, memory).atexit = False
+        weakref.finalize(lent, self._free.__setitem__, age, memory).atexit = False
         return Shelf(lent)
 
 
