@@ -16,7 +16,7 @@ import torch
 from koret.evaluation.tasks import RetrievalTask
 from koret.retrieval.encoder import BATCH_TOKENS, DTYPES, TextEncoder
 from koret.retrieval.linear import gains_from_order
-from koret.retrieval.packed import SLICE, find_core
+from koret.retrieval.packed import count_slice_tokens, find_core
 from koret.retrieval.processes import SharedEncoder
 from koret.training.batches import Batch
 from koret.training.logbook import format_time
@@ -121,7 +121,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     at_once = BATCH_TOKENS.get(encoder.device.type, 8192)
     return_freed()  # what only the count took
     sliced = encoder.device.type == "cpu" and encoder.slow_path_reason is None
-    slice_tokens = SLICE * torch.get_num_threads() if sliced else at_once
+    slice_tokens = count_slice_tokens(encoder.recompute) if sliced else at_once
     # Flat tokens before, between and after slices; a slice.
     scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_tokens) * numbers * size
     if merges:  # a copy, and where it pays one more in oneDNN's order; the trained model's own is held already
