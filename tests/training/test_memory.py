@@ -17,16 +17,31 @@ from koret.training import memory
 from koret.training.lora import setup_lora_model
 
 
-def test_budget_follows_memory_and_cost(tiny_model, monkeypatch):
+def test_room_follows_memory_cost_and_company(tiny_model, monkeypatch):
     encoder = load_encoder(tiny_model, max_seq_length=48, device="cpu")
     monkeypatch.setattr(memory, "read_free_memory", lambda device: 2 * 10_000 * 700)
-    assert memory.choose_micro_batch_tokens(encoder, 700) == 8192
-    assert memory.choose_micro_batch_tokens(encoder, 700, Process(1, 4, 1, 2)) == 4096
-    for tokens, chosen in ((12_287, 8192), (12_288, 12_288), (16_383, 12_288), (16_384, 16_384)):
-        monkeypatch.setattr(memory, "read_free_memory", lambda device, tokens=tokens: 2 * tokens * 700)
-        assert memory.choose_micro_batch_tokens(encoder, 700) == chosen
-    monkeypatch.setattr(memory, "read_free_memory", lambda device: 0)
-    assert memory.choose_micro_batch_tokens(encoder, 700) == 1024
+    assert memory.count_free_tokens(encoder, 700) == 10_000
+    assert memory.count_free_tokens(encoder, 700, Process(1, 4, 1, 2)) == 5000
+
+
+@pytest.mark.parametrize(
+    ("room", "heaviest", "chosen"),
+    [
+        (10_000, 50_000, 8192),
+        (12_287, 50_000, 8192),
+        (12_288, 50_000, 12_288),
+        (16_383, 50_000, 12_288),
+        (16_384, 50_000, 16_384),
+        (0, 50_000, 1024),
+        (10_000, 9000, 12_288),  # there is room for the heaviest: it is not cut
+        (10_000, 10_001, 8192),
+        (15_000, 14_000, 16_384),
+        (15_000, 12_288, 12_288),
+        (15_000, 100, 12_288),
+    ],
+)
+def test_budgets_are_coarse_and_no_batch_is_cut_that_there_is_room_for(room, heaviest, chosen):
+    assert memory.choose_micro_batch_tokens(room, heaviest) == chosen
 
 
 def test_what_a_token_keeps_is_counted(tiny_model):

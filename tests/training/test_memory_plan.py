@@ -42,8 +42,7 @@ def test_a_batch_goes_whole_then_keeps_less_then_goes_in_pieces(encoder, costs, 
     found = free(4 * HEAVIEST * costs["nothing"])
     assert (encoder.recompute, found.per_token, found.fits) == ("nothing", costs["nothing"], True)
     assert found.budget >= HEAVIEST
-    # budgets are powers of two or half as much again: 393,216 tokens are too few and 524,288 enough
-    found = free(524_288 * costs["projections"] * 1.01)
+    found = free(HEAVIEST * costs["projections"] * 1.01)
     assert (encoder.recompute, found.per_token, found.fits) == ("projections", costs["projections"], True)
     found = free(300_000 * costs["projections"])
     assert (encoder.recompute, found.per_token, found.fits) == ("nothing", costs["nothing"], False)

@@ -129,7 +129,11 @@ class CompiledGelu(torch.autograd.Function):
         if x.is_contiguous():
             y = x
             ctx.mark_dirty(x)
-        slopes = torch.empty(y.numel() * kernel.slope_bytes, dtype=torch.uint8) if place is None else place
+        slopes = (
+            torch.empty(y.numel() * kernel.slope_bytes, dtype=torch.uint8)
+            if place is None
+            else _hold(place, torch.uint8)
+        )
         if len(slopes) != y.numel() * kernel.slope_bytes:
             raise ValueError(f"{len(slopes)} bytes are not those of the slopes of {y.numel()} numbers")
         load_kernels().activate(kernel.name, y.data_ptr(), slopes.data_ptr(), *_size(y))

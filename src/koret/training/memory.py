@@ -24,16 +24,27 @@ LARGEST_KEPT = 32 << 20  # bytes: glibc takes no more
 FALLBACK = 4 << 30  # bytes taken for free where the system does not say
 
 
-def choose_micro_batch_tokens(encoder: TextEncoder, per_token: int, process: Process = ALONE) -> int:
+def count_free_tokens(encoder: TextEncoder, per_token: int, process: Process = ALONE) -> int:
     """Tokens whose activations, ``per_token`` bytes each, fill half of the device's free memory.
 
-    A power of two or half as much again, at least ``LEAST``: a coarse measure, so that a run and the next one cut their
-    batches alike. Processes that compute on one machine's CPU share its memory.
+    Processes that compute on one machine's CPU share its memory.
     """
     free = read_free_memory(encoder.device) // (process.local_count if encoder.device.type == "cpu" else 1)
-    tokens = max(LEAST, int(SHARE * free / per_token))
-    power = 1 << (tokens.bit_length() - 1)
-    return power * 3 // 2 if tokens >= power * 3 // 2 else power
+    return int(SHARE * free / per_token)
+
+
+def choose_micro_batch_tokens(room: int, heaviest: int) -> int:
+    """Tokens encoded at a time where there is room for so many, and batches have up to ``heaviest``.
+
+    A power of two or half as much again, at least ``LEAST``: a coarse measure, so that a run and the next one cut their
+    batches alike. Below ``room``, or just above ``heaviest`` where there is room for that.
+    """
+    fitting = max(LEAST, room)
+    power = 1 << (fitting.bit_length() - 1)
+    below = power * 3 // 2 if fitting >= power * 3 // 2 else power
+    if not below < heaviest <= room:
+        return below
+    return power * 3 // 2 if heaviest <= power * 3 // 2 else power * 2
 
 
 def measure_bytes_per_token(encoder: TextEncoder) -> int:

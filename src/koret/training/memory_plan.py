@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.processes import Process
 from koret.training.forecast import forecast_peak
-from koret.training.memory import ALONE, LEAST, choose_micro_batch_tokens, measure_bytes_per_token
+from koret.training.memory import ALONE, choose_micro_batch_tokens, count_free_tokens, measure_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,11 @@ def plan_memory(
 
     def plan() -> MemoryPlan:
         per_token = measure_bytes_per_token(encoder)
-        budget = asked or choose_micro_batch_tokens(encoder, per_token, process)
-        peak = forecast_peak(encoder, per_token, budget, heaviest, merges)
-        if limit is not None and not asked:
-            budget = min(budget, max(LEAST, peak.count_tokens(limit)))
-            peak = forecast_peak(encoder, per_token, budget, heaviest, merges)
-        within = limit is None or peak.peak <= limit
+        room = count_free_tokens(encoder, per_token, process)
+        if limit is not None:
+            room = min(room, forecast_peak(encoder, per_token, heaviest, heaviest, merges).count_tokens(limit))
+        budget = asked or choose_micro_batch_tokens(room, heaviest)
+        within = limit is None or forecast_peak(encoder, per_token, budget, heaviest, merges).peak <= limit
         return MemoryPlan(per_token, budget, within and budget >= min(heaviest, asked or heaviest))
 
     whole = plan()
