@@ -433,6 +433,27 @@ def test_what_is_computed_again_has_the_same_bits(name, pooling, most, monkeypat
         assert all(map(torch.equal, found[recompute], found["nothing"])), recompute
 
 
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("bfloat16")] or ["none"])
+def test_a_byte_for_a_slope_costs_no_exactness(name, monkeypatch):
+    """Of all gradients together, beside those with torch's GELU, which keeps its input in bfloat16."""
+    if name == "none":
+        pytest.skip("this processor multiplies no pairs of bfloat16")
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    module, ids = build("bert"), draw_ids([20] * 30)
+
+    def differentiate(vectors):
+        trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+        return torch.cat([g.double().flatten() for g in torch.autograd.grad(vectors.double().sin().sum(), trained)])
+
+    exact = differentiate(pool_padded(module, ids))
+    module.float()
+    with_bytes = differentiate(packed.PackedEncoder(module, "mean", torch.bfloat16).forward(ids))
+    monkeypatch.setattr(packed.PackedEncoder, "_find_activation_kernel", lambda encoder: None)
+    with_torch = differentiate(packed.PackedEncoder(module, "mean", torch.bfloat16).forward(ids))
+    assert not torch.equal(with_bytes, with_torch)
+    assert (with_bytes - exact).norm() < 1.1 * (with_torch - exact).norm() < 0.1 * exact.norm()
+
+
 # ---- memory
 
 

@@ -53,7 +53,7 @@ STATISTIC = 4  # bytes at least of a token's mean, and of its spread
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 Norm = tuple[Tensor, Tensor]  # weight and bias
 SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: fewer take longer, more gain nothing
-LEAN_SHARE = 2  # times fewer where q, k and v are not kept: of what passes, less is left beside what is kept
+MANY = 4  # slices: a batch of more goes in slices half as large, for what passes is memory beside all that it keeps
 ROWS = 16  # oneDNN compiles a product for every number of rows, and keeps parts of it for good: multiples of this one
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,10 @@ def find_core(backbone: nn.Module) -> nn.Module:
     return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
 
-def count_slice_tokens(recompute: Recompute) -> int:
-    """Tokens that go through the layers together on CPU, on all threads."""
-    return SLICE * torch.get_num_threads() // (LEAN_SHARE if recompute == "projections" else 1)
+def count_slice_tokens(tokens: int) -> int:
+    """Of so many tokens, those that go through the layers together on CPU, on all threads."""
+    most = SLICE * torch.get_num_threads()
+    return most // 2 if tokens > MANY * most else most
 
 
 class PackedEncoder:
@@ -150,11 +151,11 @@ class PackedEncoder:
             step = ROWS if self._multiplies_by_onednn(layers) else 1
             # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
             if not any(layer.trains for layer in layers):
-                slices = cut_slices(layout.groups, count_slice_tokens(self.recompute))
+                slices = cut_slices(layout.groups, count_slice_tokens(layout.tokens))
         sizes = [size for size, _ in slices]
         groups = [self._move_groups(inside, path, device) for _, inside in slices]
         rows, places = find_firsts(layout, sizes, device) if self.pooling == "cls" else ([None] * len(sizes), None)
-        room = count_slice_tokens(self.recompute) if len(sizes) > 1 else 0
+        room = count_slice_tokens(layout.tokens) if len(sizes) > 1 else 0
         embed = self._plan_embedding(tokens.split(sizes), (positions + self.first_position).split(sizes))
         owners, pooled = owner.split(sizes), [lengths] * len(sizes)
         for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):  # each fits into what the one before it freed

@@ -121,9 +121,9 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     at_once = BATCH_TOKENS.get(encoder.device.type, 8192)
     return_freed()  # what only the count took
     sliced = encoder.device.type == "cpu" and encoder.slow_path_reason is None
-    slice_tokens = count_slice_tokens(encoder.recompute) if sliced else at_once
+    slice_tokens, slice_scored = (count_slice_tokens(n) if sliced else at_once for n in (tokens, at_once))
     # Flat tokens before, between and after slices; a slice.
-    scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_tokens) * numbers * size
+    scoring = at_once * 3 * config.hidden_size * size + min(at_once, slice_scored) * numbers * size
     if merges:  # a copy, and where it pays one more in oneDNN's order; the trained model's own is held already
         scoring += count_merged(encoder) * 4
         products = find_products(encoder) if sliced else []
