@@ -145,7 +145,7 @@ class TrainingConfig:
     )
     max_memory_gb: float | None = _knob(
         None,
-        "GiB the run may hold, of the GPU where one is used: it keeps less, or encodes in pieces; none: what is free",
+        "GiB each process may hold, on its GPU if it has one: it keeps less, or encodes in pieces; none: what is free",
         "training",
         above=0.0,
     )
