@@ -31,8 +31,8 @@ def plan_memory(
     """Choose how batches of up to ``heaviest`` tokens are encoded, and set ``encoder.recompute`` to it.
 
     As a whole, keeping everything, where that fits into half of the free memory and under ``limit``, the bytes that
-    this process may hold. Else q, k and v are computed again in the backward pass: half is kept, and a step takes a
-    tenth more time. What does not fit then either goes in pieces (GradCache), which takes a third more.
+    this process may hold. Else q, k and v are computed again in the backward pass: half is kept, and a step takes an
+    eighth more time. What does not fit then either goes in pieces (GradCache), which takes a third more.
     ``asked``: tokens at a time that were asked for. ``merges``: whether a merged copy of the model is made at the end.
 
     Gradients are the same in every case, and with the same bits in the first two.
