@@ -31,8 +31,8 @@ CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two m
 # size was freed (its bug 14581).
 HOLES, GROWTH = 0.2, 0.25
 # Where what is kept lies apart, on shelves, holes are left by what passes alone: so many times what the widest layer
-# computes for a slice (3 to 60 steps of 2,600 to 18,000 tokens).
-PASSING = 12
+# computes for a slice (2,600 to 18,000 tokens at a time).
+PASSING, LATER = 12, 6  # in the first steps, and what they grow by in a run of 24 to 60
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -70,6 +70,7 @@ class PeakForecast:
     holes: float = 0.0  # bytes lost between tensors, for each that activations keep
     growth: float = 0.0  # the same, what they grow by in a run
     passing: int = 0  # what the widest layer computes and does not keep
+    later: int = 0  # what is lost beside that in a run
     again: bool = False  # whether q, k and v are computed again in the backward pass
 
     @property
@@ -79,7 +80,7 @@ class PeakForecast:
 
     @property
     def activations(self) -> int:
-        return int(self.per_token * self.tokens * (1 + self.lost)) + self.passing
+        return int(self.per_token * self.tokens * (1 + self.lost)) + self.passing + self.later
 
     @property
     def peak(self) -> int:
@@ -87,12 +88,14 @@ class PeakForecast:
 
     def count_tokens(self, limit: int) -> int:
         """Tokens at a time with which the peak is ``limit`` bytes; less than one where nothing is left for them."""
-        return int((limit - self.held - self.state - self.passing) / (self.per_token * (1 + self.lost)))
+        return int((limit - self.held - self.state - self.passing - self.later) / (self.per_token * (1 + self.lost)))
 
     def correct(self, most: int, seen: int) -> int:
         """The peak to expect once steps of at most ``seen`` tokens at a time have held ``most`` bytes."""
         heavier = max(0, self.tokens - seen) * (1 + self.holes) + self.tokens * self.growth
-        return max(most + int(self.per_token * heavier), self.held + self.state + max(self.scoring, self.saving))
+        return max(
+            most + int(self.per_token * heavier) + self.later, self.held + self.state + max(self.scoring, self.saving)
+        )
 
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
@@ -129,6 +132,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         products = find_products(encoder) if sliced else []
         scoring += count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
     pieces = -(-heaviest // budget)
+    passing = min(tokens, slice_tokens) * numbers * size
     cpu = encoder.device.type == "cpu"  # on CUDA tensors are counted, not memory
     shelved = sliced and encoder.recompute != "layers" and not trains_layers(encoder)
     return PeakForecast(
@@ -141,7 +145,8 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         saving=trained.trained * CHECKPOINT_BYTES,
         holes=HOLES if cpu and not shelved else 0.0,
         growth=GROWTH if cpu and not shelved else 0.0,
-        passing=min(tokens, slice_tokens) * numbers * size * (PASSING if shelved else 1),
+        passing=passing * (PASSING if shelved else 1),
+        later=passing * LATER if shelved else 0,
         again=encoder.recompute == "projections",
     )
 
