@@ -288,7 +288,7 @@ def test_activations_kept_for_the_backward_pass_are_few(recompute, compiled, tor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward.forward(draw_ids([64] * 96))  # whole slices: a shelf has room for one
     numbers = sum(kept.values()) / (2 * 256 * 4 * 64 * 96)
-    assert expected <= numbers < expected * 1.1 + 0.3, (
+    assert 0.98 * expected <= numbers < expected * 1.1 + 0.3, (
         numbers
     )  # bf16 numbers in units of H; rest: embedding, statistics
 
