@@ -70,11 +70,15 @@ main(void)
             for (int i = 0; i < 6; i++)
                 attend(kernels[k], bytes, sizes[s], i < 3 ? 40 : 150);
         for (long count = 0; count < 300; count++) {
-            void *x = draw(count, bytes), *y = malloc(count * bytes), *slopes = malloc(count * kernels[k]->slope_bytes);
-            kernels[k]->activate(x, slopes, count);
-            kernels[k]->descend(x, slopes, y, count);
-            kernels[k]->drop(x, y, 7, 0, count, 9000, 1.5f);
-            kernels[k]->drop(x, x, 7, 1280, count, 9000, 1.5f);
+            const size_t kept = count * kernels[k]->slope_bytes;
+            void *x = draw(count, bytes), *y = malloc(count * bytes), *slopes = malloc(kept);
+            Numbers all = {x, y, slopes, 7, 9000, 1.5f};
+            kernels[k]->activate(&all, 0, count);
+            kernels[k]->descend(&all, 0, count);
+            kernels[k]->drop(&all, 0, count);
+            all.y = x;
+            kernels[k]->activate(&all, 0, count);
+            kernels[k]->drop(&all, 0, count);
             free(x);
             free(y);
             free(slopes);

@@ -247,11 +247,10 @@ def test_gelu_passes_on_what_is_no_number_and_touches_nothing_beside_it(name):
     frames = [torch.full((64,), 7.0).to(x.dtype) for _ in range(3)]
     slopes = torch.full((64,), 7, dtype=torch.uint8)
     values, gradients, results = (frame[20:].data_ptr() for frame in frames)
-    size = x.element_size()
     frames[0][20:24], frames[1][20:24] = x, 3
-    kernel.activate(name, values, slopes[20:].data_ptr(), 4, size, threads)
-    kernel.descend(name, gradients, slopes[20:].data_ptr(), results, 4, size, threads)
-    kernel.drop(name, values, gradients, 5, 60000, 2.0, 4, size, threads)
+    kernel.activate(name, values, values, slopes[20:].data_ptr(), 4, threads)
+    kernel.descend(name, gradients, results, slopes[20:].data_ptr(), 4, threads)
+    kernel.drop(name, values, gradients, 0, 4, threads, 5, 60000, 2.0)
     for frame in frames:
         assert (frame[:20] == 7).all() and (frame[24:] == 7).all() and not (frame[20:24] == 7).any()
     end = 20 + 4 * CompiledKernel(name).slope_bytes

@@ -266,12 +266,13 @@ def test_bf16_gradients_stay_close_to_float64():
 
 
 @pytest.mark.parametrize(
-    ("recompute", "compiled", "torchs"), [("nothing", 8, 10.5), ("projections", 4, 6), ("layers", 1, 1)]
+    ("recompute", "compiled", "torchs"), [("nothing", 8, 10.375), ("projections", 4, 6), ("layers", 1, 1)]
 )
 def test_activations_kept_for_the_backward_pass_are_few(recompute, compiled, torchs):
     """Of a layer of width H: two norms' inputs and the 4 H GELU reads; what adapters read, its mask, q, k and v.
 
-    Compiled kernels keep a byte for a number of GELU's, and no mask.
+    Compiled kernels keep a byte for a number of GELU's, and no mask. The first of the four layers keeps none anyway:
+    nothing before it trains.
     """
     shape = {**SHAPE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
     module = BertModel(BertConfig(**shape)).requires_grad_(False)
@@ -288,9 +289,8 @@ def test_activations_kept_for_the_backward_pass_are_few(recompute, compiled, tor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward.forward(draw_ids([64] * 96))  # whole slices: a shelf has room for one
     numbers = sum(kept.values()) / (2 * 256 * 4 * 64 * 96)
-    assert 0.98 * expected <= numbers < expected * 1.1 + 0.3, (
-        numbers
-    )  # bf16 numbers in units of H; rest: embedding, statistics
+    # bf16 numbers in units of H; what is more: the embedding, statistics
+    assert expected <= numbers < expected * 1.1 + 0.3, numbers
 
 
 def test_full_training_gradients_equal_those_of_the_padded_forward():

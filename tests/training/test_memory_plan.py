@@ -4,6 +4,7 @@ import pytest
 
 from koret.retrieval.encoder import load_encoder
 from koret.training import memory
+from koret.training.forecast import forecast_peak
 from koret.training.lora import setup_lora_model
 from koret.training.memory import SHARE, measure_bytes_per_token
 from koret.training.memory_plan import plan_memory
@@ -50,8 +51,6 @@ def test_a_batch_goes_whole_then_keeps_less_then_goes_in_pieces(encoder, costs, 
 
 
 def test_a_limit_does_the_same(encoder, costs):
-    from koret.training.forecast import forecast_peak
-
     def peak(budget=HEAVIEST):
         return forecast_peak(encoder, measure_bytes_per_token(encoder), budget, HEAVIEST, True).peak
 

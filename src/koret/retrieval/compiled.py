@@ -18,7 +18,7 @@ from torch import Tensor
 
 from koret.native import load_extension
 
-VERSION = 2  # of the extension's calls and results
+VERSION = 3  # of the extension's calls and results
 HEAD_STEP, LARGEST_HEAD = 16, 256  # numbers of a head that the kernels take
 
 
@@ -82,7 +82,7 @@ def _hold(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x, its numbers side by side in memory that a kernel may be given the address of."""
     if x.device.type != "cpu" or x.dtype != dtype:
         raise TypeError(f"the kernel takes {dtype} on the CPU, not {x.dtype} on {x.device}")
-    return x.contiguous()
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _attend(
@@ -125,18 +125,13 @@ class CompiledGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: CompiledKernel, place: Tensor | None = None) -> Tensor:
         """x of any shape, which is overwritten -> the same shape; ``place``: bytes that may keep the slopes."""
-        y = _hold(x, kernel.dtype)
-        if x.is_contiguous():
-            y = x
+        y, size = _hold(x, kernel.dtype), x.numel() * kernel.slope_bytes
+        if y is x:
             ctx.mark_dirty(x)
-        slopes = (
-            torch.empty(y.numel() * kernel.slope_bytes, dtype=torch.uint8)
-            if place is None
-            else _hold(place, torch.uint8)
-        )
-        if len(slopes) != y.numel() * kernel.slope_bytes:
-            raise ValueError(f"{len(slopes)} bytes are not those of the slopes of {y.numel()} numbers")
-        load_kernels().activate(kernel.name, y.data_ptr(), slopes.data_ptr(), *_size(y))
+        slopes = torch.empty(size, dtype=torch.uint8) if place is None else _hold(place, torch.uint8)
+        if len(slopes) != size:
+            raise ValueError(f"{len(slopes)} bytes are not those of the slopes of {x.numel()} numbers")
+        _pass("activate", kernel, y, y, slopes)
         ctx.save_for_backward(slopes)
         ctx.kernel = kernel
         return y
@@ -144,10 +139,7 @@ class CompiledGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slopes,), gradient = ctx.saved_tensors, _hold(gradient, ctx.kernel.dtype)
-        result = torch.empty_like(gradient)
-        addresses = gradient.data_ptr(), slopes.data_ptr(), result.data_ptr()
-        load_kernels().descend(ctx.kernel.name, *addresses, *_size(gradient))
-        return result, None, None
+        return _pass("descend", ctx.kernel, gradient, torch.empty_like(gradient), slopes), None, None
 
 
 class CompiledDropout(torch.autograd.Function):
@@ -173,13 +165,14 @@ def draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) % 2**64
 
 
-def _drop(x: Tensor, kernel: CompiledKernel, seed: int, least: int, factor: float) -> Tensor:
+def _drop(x: Tensor, kernel: CompiledKernel, *draws: int | float) -> Tensor:
+    """x by a seed, the least draw that stays, and a factor."""
     x = _hold(x, kernel.dtype)
-    y = torch.empty_like(x)
-    load_kernels().drop(kernel.name, x.data_ptr(), y.data_ptr(), seed, least, factor, *_size(x))
+    return _pass("drop", kernel, x, torch.empty_like(x), None, *draws)
+
+
+def _pass(what: str, kernel: CompiledKernel, x: Tensor, y: Tensor, slopes: Tensor | None, *rest: int | float) -> Tensor:
+    """One of the kernel's passes over numbers, from x to y, which is returned."""
+    addresses = x.data_ptr(), y.data_ptr(), 0 if slopes is None else slopes.data_ptr()
+    getattr(load_kernels(), what)(kernel.name, *addresses, x.numel(), torch.get_num_threads(), *rest)
     return y
-
-
-def _size(x: Tensor) -> tuple[int, int, int]:
-    """What kernels ask of numbers that they take one by one: how many, bytes of each, threads."""
-    return x.numel(), x.element_size(), torch.get_num_threads()

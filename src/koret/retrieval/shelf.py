@@ -1,8 +1,8 @@
 """Memory for what is kept until the backward pass, side by side and used again by the next step.
 
-The C library leaves holes between tensors of many sizes, a quarter as large as the tensors (forecast.HOLES), and asks
-the system for fresh pages where they are large. A shelf is one piece of memory that many tensors are put on; it comes
-back to its store when the last of them is gone, and the next shelf is made of it.
+The C library leaves holes between tensors of many sizes, a fifth as large as they are and more (forecast.HOLES), and
+asks the system for fresh pages where they are large. A shelf is one piece of memory that many tensors are put on; it
+comes back to its store when the last of them is gone, and the next shelf is made of it.
 """
 
 from __future__ import annotations

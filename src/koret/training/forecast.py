@@ -86,7 +86,7 @@ class PeakForecast:
     def peak(self) -> int:
         return self.held + self.state + max(self.activations, self.scoring, self.saving)
 
-    def count_tokens(self, limit: int) -> int:
+    def fit_tokens(self, limit: int) -> int:
         """Tokens at a time with which the peak is ``limit`` bytes; less than one where nothing is left for them."""
         return int((limit - self.held - self.state - self.passing - self.later) / (self.per_token * (1 + self.lost)))
 

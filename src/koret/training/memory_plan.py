@@ -42,7 +42,7 @@ def plan_memory(
         per_token = measure_bytes_per_token(encoder)
         room = count_free_tokens(encoder, per_token, process)
         if limit is not None:
-            room = min(room, forecast_peak(encoder, per_token, heaviest, heaviest, merges).count_tokens(limit))
+            room = min(room, forecast_peak(encoder, per_token, heaviest, heaviest, merges).fit_tokens(limit))
         budget = asked or choose_micro_batch_tokens(room, heaviest)
         within = limit is None or forecast_peak(encoder, per_token, budget, heaviest, merges).peak <= limit
         return MemoryPlan(per_token, budget, within and budget >= min(heaviest, asked or heaviest))

@@ -21,47 +21,51 @@ activate_lanes(floats x, floats *y, floats *slope)
     *slope = add_product(choose_by_sign(x, least, -least), power * fill(0.39894228f), below);
 }
 
-/* count numbers -> GELU of each, in their place, and the slopes there. */
-TARGET static void
-activate(void *numbers, void *slopes, long count)
+/* One register of numbers, which may be a copy of less. */
+INLINE void
+activate_register(const number *x, number *y, slope *slopes)
 {
-    number *x = numbers;
-    slope *z = slopes;
     floats value, steep;
-    long i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        activate_lanes(read_lanes(x + i), &value, &steep);
-        write_lanes(x + i, value);
-        write_slopes(z + i, steep);
-    }
-    if (i < count) {
+    activate_lanes(read_lanes(x), &value, &steep);
+    write_lanes(y, value);
+    write_slopes(slopes, steep);
+}
+
+INLINE void
+descend_register(const number *x, number *y, slope *slopes)
+{
+    write_lanes(y, read_lanes(x) * read_slopes(slopes));
+}
+
+/* `step` for every register of the numbers; the last ones by way of a full one. */
+INLINE void
+pass(const Numbers *all, long first, long count, void (*const step)(const number *, number *, slope *))
+{
+    const number *x = (const number *)all->x + first;
+    number *y = (number *)all->y + first;
+    slope *slopes = (slope *)all->slopes + first;
+    const long whole = count / LANES * LANES, left = count - whole;
+    for (long i = 0; i < whole; i += LANES)
+        step(x + i, y + i, slopes + i);
+    if (left) {
         number rest[LANES] = {0};
-        slope rest_of_slopes[LANES];
-        memcpy(rest, x + i, (count - i) * sizeof(number));
-        activate_lanes(read_lanes(rest), &value, &steep);
-        write_lanes(rest, value);
-        memcpy(x + i, rest, (count - i) * sizeof(number));
-        write_slopes(rest_of_slopes, steep);
-        memcpy(z + i, rest_of_slopes, (count - i) * sizeof(slope));
+        slope rest_of_slopes[LANES] = {0};
+        memcpy(rest, x + whole, left * sizeof(number));
+        memcpy(rest_of_slopes, slopes + whole, left * sizeof(slope));
+        step(rest, rest, rest_of_slopes);
+        memcpy(y + whole, rest, left * sizeof(number));
+        memcpy(slopes + whole, rest_of_slopes, left * sizeof(slope));
     }
 }
 
-/* count gradients times their slopes. */
 TARGET static void
-descend(const void *gradients, const void *slopes, void *results, long count)
+activate(const Numbers *all, long first, long count)
 {
-    const number *x = gradients;
-    const slope *z = slopes;
-    number *y = results;
-    long i = 0;
-    for (; i + LANES <= count; i += LANES)
-        write_lanes(y + i, read_lanes(x + i) * read_slopes(z + i));
-    if (i < count) {
-        number rest[LANES] = {0};
-        slope rest_of_slopes[LANES] = {0};
-        memcpy(rest, x + i, (count - i) * sizeof(number));
-        memcpy(rest_of_slopes, z + i, (count - i) * sizeof(slope));
-        write_lanes(rest, read_lanes(rest) * read_slopes(rest_of_slopes));
-        memcpy(y + i, rest, (count - i) * sizeof(number));
-    }
+    pass(all, first, count, activate_register);
+}
+
+TARGET static void
+descend(const Numbers *all, long first, long count)
+{
+    pass(all, first, count, descend_register);
 }

@@ -50,12 +50,12 @@ keep_lanes(floats x, float factor, integers draws, uint32_t least)
     return (floats)((integers)(x * fill(factor)) & kept);
 }
 
-/* count numbers from place `first` on, a multiple of DRAWS, maybe in their own place. */
+/* From place `first` on, a multiple of DRAWS. */
 TARGET static void
-drop(const void *from, void *to, uint64_t seed, long first, long count, uint32_t least, float factor)
+drop(const Numbers *all, long first, long count)
 {
-    const number *x = from;
-    number *y = to;
+    const number *x = (const number *)all->x + first;
+    number *y = (number *)all->y + first;
     integers words[WORDS];
     for (long at = 0; at < count; at += DRAWS) {
         number rest[DRAWS] = {0};
@@ -67,12 +67,12 @@ drop(const void *from, void *to, uint64_t seed, long first, long count, uint32_t
             in = out = rest;
         }
         for (int b = 0; b < BLOCKS; b += LANES) {
-            draw_words(seed, (uint64_t)(first + at) / DRAWS * BLOCKS + b, words);
+            draw_words(all->seed, (uint64_t)(first + at) / DRAWS * BLOCKS + b, words);
 #pragma GCC unroll 4
             for (int w = 0; w < WORDS; w++) {
                 const long low = 2 * BLOCKS * w + b, high = low + BLOCKS;
-                write_lanes(out + low, keep_lanes(read_lanes(in + low), factor, words[w] & 0xffff, least));
-                write_lanes(out + high, keep_lanes(read_lanes(in + high), factor, words[w] >> 16, least));
+                write_lanes(out + low, keep_lanes(read_lanes(in + low), all->factor, words[w] & 0xffff, all->least));
+                write_lanes(out + high, keep_lanes(read_lanes(in + high), all->factor, words[w] >> 16, all->least));
             }
         }
         if (there < DRAWS)

@@ -21,15 +21,25 @@ typedef struct {
     long heads, size, longest;
 } Task;
 
+/* What a pass over numbers reads and writes, from address to address; a kernel takes some of it. */
+typedef struct {
+    void *x, *y, *slopes;
+    uint64_t seed;
+    uint32_t least;
+    float factor;
+} Numbers;
+
+typedef void Pass(const Numbers *, long first, long count);
+
 typedef struct {
     const char *name;                              /* the type of the numbers and what the processor has to have */
     int (*is_supported)(void);                     /* by this processor */
     size_t (*count_bytes)(const Task *);           /* of memory for one unit at a time */
     void (*run)(const Task *, long unit, void *memory); /* forward or backward; memory in lines of 64 bytes */
     size_t slope_bytes;                            /* of one slope of GELU, in the form that it is kept in */
-    void (*activate)(void *x, void *slopes, long count); /* x to GELU of x, and its slopes there */
-    void (*descend)(const void *gradients, const void *slopes, void *results, long count); /* their products */
-    void (*drop)(const void *x, void *y, uint64_t seed, long first, long count, uint32_t least, float factor); /* dropout */
+    Pass *activate;                                /* x -> GELU of x in y, maybe the same place, and its slopes */
+    Pass *descend;                                 /* x -> x times the slopes, in y */
+    Pass *drop;                                    /* x -> x times factor, or 0 where the draw is less, in y */
 } Kernel;
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -7,7 +7,7 @@
 
 #include "kernel.h"
 
-#define VERSION 2 /* compiled.py asks for this one: raise both whenever a call or a result changes */
+#define VERSION 3 /* compiled.py asks for this one: raise both whenever a call or a result changes */
 
 static const Kernel *const kernels[] = {
 #ifdef KORET_HAS_KERNELS
@@ -106,92 +106,69 @@ attend(PyObject *module, PyObject *args)
 
 enum { PIECE = 4096 }; /* numbers that a thread takes at a time: a multiple of dropout's places */
 
-/* A parallel loop over `count` numbers, PIECE at a time: `at`, and how many there are, `some`. */
-#define FOR_PIECES(count, threads)                                                                                      \
-    _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (long at = 0; at < count; at += PIECE)
-
-static inline long
-count_piece(long count, long at)
+/* A pass over numbers, the one that is kept `place` bytes behind the start of a Kernel. */
+static PyObject *
+run_pass(PyObject *args, size_t place)
 {
-    return count - at < PIECE ? count - at : PIECE;
+    const char *name;
+    unsigned long long x, y, slopes, seed = 0;
+    unsigned int least = 0;
+    float factor = 1;
+    long count;
+    int threads;
+    if (!PyArg_ParseTuple(args, "sKKKli|KIf", &name, &x, &y, &slopes, &count, &threads, &seed, &least, &factor))
+        return NULL;
+    const Kernel *kernel = find_kernel(name);
+    if (!kernel)
+        return NULL;
+    Pass *const pass = *(Pass *const *)((const char *)kernel + place);
+    const Numbers numbers = {
+        .x = (void *)(uintptr_t)x,
+        .y = (void *)(uintptr_t)y,
+        .slopes = (void *)(uintptr_t)slopes,
+        .seed = seed,
+        .least = least,
+        .factor = factor,
+    };
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long at = 0; at < count; at += PIECE)
+        pass(&numbers, at, count - at < PIECE ? count - at : PIECE);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(activate_doc,
-"activate(kernel, x, slopes, count, size, threads)\n\n"
-"GELU of count numbers of size bytes at the address x, in their place, and its slopes there to the address slopes.\n"
+"activate(kernel, x, y, slopes, count, threads)\n\n"
+"GELU of count numbers at the address x to y, which may be the same, and its slopes to the address slopes.\n"
 "Raises ValueError for a kernel there is not.");
 
 static PyObject *
 activate(PyObject *module, PyObject *args)
 {
-    const char *name;
-    unsigned long long x, slopes;
-    long count, size;
-    int threads;
-    if (!PyArg_ParseTuple(args, "sKKlli", &name, &x, &slopes, &count, &size, &threads))
-        return NULL;
-    const Kernel *kernel = find_kernel(name);
-    if (!kernel)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    FOR_PIECES(count, threads)
-        kernel->activate((char *)(uintptr_t)x + at * size, (char *)(uintptr_t)slopes + at * kernel->slope_bytes,
-                         count_piece(count, at));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return run_pass(args, offsetof(Kernel, activate));
 }
 
 PyDoc_STRVAR(descend_doc,
-"descend(kernel, gradients, slopes, results, count, size, threads)\n\n"
-"Products of count gradients of size bytes and the slopes that activate wrote: addresses.\n"
+"descend(kernel, x, y, slopes, count, threads)\n\n"
+"Products of count numbers at the address x and the slopes that activate wrote, to y.\n"
 "Raises ValueError for a kernel there is not.");
 
 static PyObject *
 descend(PyObject *module, PyObject *args)
 {
-    const char *name;
-    unsigned long long gradients, slopes, results;
-    long count, size;
-    int threads;
-    if (!PyArg_ParseTuple(args, "sKKKlli", &name, &gradients, &slopes, &results, &count, &size, &threads))
-        return NULL;
-    const Kernel *kernel = find_kernel(name);
-    if (!kernel)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    FOR_PIECES(count, threads)
-        kernel->descend((const char *)(uintptr_t)gradients + at * size,
-                        (const char *)(uintptr_t)slopes + at * kernel->slope_bytes,
-                        (char *)(uintptr_t)results + at * size, count_piece(count, at));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return run_pass(args, offsetof(Kernel, descend));
 }
 
 PyDoc_STRVAR(drop_doc,
-"drop(kernel, x, y, seed, least, factor, count, size, threads)\n\n"
-"Each of count numbers of size bytes times factor, or 0 where its draw, of 0 to 65535 by seed and place, is less than\n"
-"least: from the address x to y, which may be the same. Raises ValueError for a kernel there is not.");
+"drop(kernel, x, y, 0, count, threads, seed, least, factor)\n\n"
+"Each of count numbers at the address x times factor, or 0 where its draw, of 0 to 65535 by seed and place, is less\n"
+"than least: to y, which may be the same. Raises ValueError for a kernel there is not.");
 
 static PyObject *
 drop(PyObject *module, PyObject *args)
 {
-    const char *name;
-    unsigned long long x, y, seed;
-    unsigned int least;
-    float factor;
-    long count, size;
-    int threads;
-    if (!PyArg_ParseTuple(args, "sKKKIflli", &name, &x, &y, &seed, &least, &factor, &count, &size, &threads))
-        return NULL;
-    const Kernel *kernel = find_kernel(name);
-    if (!kernel)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    FOR_PIECES(count, threads)
-        kernel->drop((const char *)(uintptr_t)x + at * size, (char *)(uintptr_t)y + at * size, seed, at,
-                     count_piece(count, at), least, factor);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return run_pass(args, offsetof(Kernel, drop));
 }
 
 PyDoc_STRVAR(count_slope_bytes_doc,
@@ -227,7 +204,7 @@ static PyModuleDef_Slot steps[] = {{Py_mod_exec, start_module}, {0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_kernels",
-    .m_doc = "Attention within each of many texts, and GELU; see koret.retrieval.compiled.",
+    .m_doc = "Attention within each of many texts, GELU and dropout; see koret.retrieval.compiled.",
     .m_methods = methods,
     .m_slots = steps,
 };
