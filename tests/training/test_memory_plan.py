@@ -68,6 +68,23 @@ def test_a_limit_does_the_same(encoder, costs):
     assert peak(pieces.budget) < limit * 1.02
 
 
+def test_pieces_are_the_largest_that_stay_below_the_limit(encoder):
+    """Brute force over the coarse numbers; of few tokens also what passes through a layer is less."""
+    coarse = [1024 * 2**n for n in range(9)]
+    coarse = sorted([*coarse, *(n * 3 // 2 for n in coarse)])
+    per_token, heaviest = measure_bytes_per_token(encoder), 40_000
+    peaks = {n: forecast_peak(encoder, per_token, n, heaviest, True).peak for n in coarse}
+    for share in (0.05, 0.2, 0.5, 0.9):
+        limit = int(peaks[1024] + share * (peaks[49_152] - peaks[1024]))
+        encoder.recompute = "nothing"
+        found = plan(encoder, heaviest, limit=limit)
+        if encoder.recompute == "nothing":
+            assert found.budget == max(n for n in coarse if peaks[n] <= limit), share
+        else:
+            assert found.fits and found.budget >= heaviest
+    assert encoder.recompute == "projections"  # some of both
+
+
 def test_what_cannot_be_held_is_planned_as_small_as_can_be(encoder):
     found = plan(encoder, limit=1 << 20)
     assert (found.budget, found.fits, encoder.recompute) == (memory.LEAST, False, "nothing")

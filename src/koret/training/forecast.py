@@ -86,10 +86,6 @@ class PeakForecast:
     def peak(self) -> int:
         return self.held + self.state + max(self.activations, self.scoring, self.saving)
 
-    def fit_tokens(self, limit: int) -> int:
-        """Tokens at a time with which the peak is ``limit`` bytes; less than one where nothing is left for them."""
-        return int((limit - self.held - self.state - self.passing - self.later) / (self.per_token * (1 + self.lost)))
-
     def correct(self, most: int, seen: int) -> int:
         """The peak to expect once steps of at most ``seen`` tokens at a time have held ``most`` bytes."""
         heavier = max(0, self.tokens - seen) * (1 + self.holes) + self.tokens * self.growth

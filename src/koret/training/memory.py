@@ -39,12 +39,22 @@ def choose_micro_batch_tokens(room: int, heaviest: int) -> int:
     A power of two or half as much again, at least ``LEAST``: a coarse measure, so that a run and the next one cut their
     batches alike. Below ``room``, or just above ``heaviest`` where there is room for that.
     """
-    fitting = max(LEAST, room)
-    power = 1 << (fitting.bit_length() - 1)
-    below = power * 3 // 2 if fitting >= power * 3 // 2 else power
-    if not below < heaviest <= room:
-        return below
-    return power * 3 // 2 if heaviest <= power * 3 // 2 else power * 2
+    tokens = LEAST
+    while (
+        larger := tokens * 4 // 3 if _is_half_more(tokens) else tokens * 3 // 2
+    ) <= room or tokens < heaviest <= room:
+        tokens = larger
+    return tokens
+
+
+def choose_fewer(tokens: int) -> int:
+    """The next smaller of the numbers that ``choose_micro_batch_tokens`` gives."""
+    return tokens * 2 // 3 if _is_half_more(tokens) else tokens * 3 // 4
+
+
+def _is_half_more(tokens: int) -> bool:
+    """Whether this is half as much again as a power of two."""
+    return tokens % 3 == 0
 
 
 def measure_bytes_per_token(encoder: TextEncoder) -> int:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.processes import Process
 from koret.training.forecast import forecast_peak
-from koret.training.memory import ALONE, choose_micro_batch_tokens, count_free_tokens, measure_bytes_per_token
+from koret.training.memory import (
+    ALONE,
+    LEAST,
+    choose_fewer,
+    choose_micro_batch_tokens,
+    count_free_tokens,
+    measure_bytes_per_token,
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,14 @@ def plan_memory(
 
     def plan() -> MemoryPlan:
         per_token = measure_bytes_per_token(encoder)
-        room = count_free_tokens(encoder, per_token, process)
-        if limit is not None:
-            room = min(room, forecast_peak(encoder, per_token, heaviest, heaviest, merges).fit_tokens(limit))
-        budget = asked or choose_micro_batch_tokens(room, heaviest)
-        within = limit is None or forecast_peak(encoder, per_token, budget, heaviest, merges).peak <= limit
-        return MemoryPlan(per_token, budget, within and budget >= min(heaviest, asked or heaviest))
+
+        def exceeds(budget: int) -> bool:
+            return limit is not None and forecast_peak(encoder, per_token, budget, heaviest, merges).peak > limit
+
+        budget = asked or choose_micro_batch_tokens(count_free_tokens(encoder, per_token, process), heaviest)
+        while not asked and budget > LEAST and exceeds(budget):
+            budget = choose_fewer(budget)
+        return MemoryPlan(per_token, budget, not exceeds(budget) and budget >= min(heaviest, asked or heaviest))
 
     whole = plan()
     if whole.fits or encoder.recompute != "nothing" or encoder.slow_path_reason is not None:

@@ -363,8 +363,8 @@ class EmbeddingTrainer:
         limit = self.config.max_memory_gb
         if limit is not None and self.pace.peak.peak > limit * 2**30:
             self.terminal.say(
-                f"max_memory_gb: {limit:g} is less than this run will hold; a smaller max_seq_length or "
-                "micro_batch_tokens, or gradient_checkpointing, takes less"
+                f"max_memory_gb: {limit:g} is less than the {self.pace.peak.peak / 2**30:.2f} this run will hold; "
+                "the line above says what for"
             )
 
     def _wait(self) -> None:
