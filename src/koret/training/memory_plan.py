@@ -42,7 +42,7 @@ def plan_memory(
     eighth more time. What does not fit then either goes in pieces (GradCache), which takes a third more.
     ``asked``: tokens at a time that were asked for. ``merges``: whether a merged copy of the model is made at the end.
 
-    Gradients are the same in every case, and with the same bits in the first two.
+    Gradients are the same in every case, and on a CPU with the same bits in the first two.
     """
 
     def plan() -> MemoryPlan:
