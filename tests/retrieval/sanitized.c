@@ -70,19 +70,42 @@ main(void)
             for (int i = 0; i < 6; i++)
                 attend(kernels[k], bytes, sizes[s], i < 3 ? 40 : 150);
         for (long count = 0; count < 300; count++) {
-            const size_t kept = count * kernels[k]->slope_bytes;
-            void *x = draw(count, bytes), *y = malloc(count * bytes), *slopes = malloc(kept);
+            void *x = draw(count, bytes), *y = malloc(count * bytes);
+            void *slopes = malloc(count * kernels[k]->slope_bytes), *bits = malloc((count + 127) / 128 * 16);
             Numbers all = {x, y, slopes, 7, 9000, 1.5f};
             kernels[k]->activate(&all, 0, count);
             kernels[k]->descend(&all, 0, count);
-            kernels[k]->drop(&all, 0, count);
             all.y = x;
             kernels[k]->activate(&all, 0, count);
+            all.kept = bits;
+            kernels[k]->draw(&all, 0, count);
             kernels[k]->drop(&all, 0, count);
             free(x);
             free(y);
             free(slopes);
+            free(bits);
         }
+        for (long width = 16; width <= 400; width += 48)
+            for (long rows = 0; rows < 5; rows++) {
+                const long count = rows * width;
+                void *x = draw(count, bytes), *other = draw(count, bytes), *y = malloc(count * bytes);
+                void *total = malloc(count * bytes);
+                float *norm = draw(2 * width, sizeof(float)), *statistics = malloc(2 * rows * sizeof(float));
+                Rows all = {x, other, total, y, statistics, norm, norm + width, {NULL, NULL}, width, 1e-5f};
+                kernels[k]->normalize(&all, 0, rows);
+                all = (Rows){total, NULL, NULL, y, statistics, norm, norm + width, {NULL, NULL}, width, -1};
+                kernels[k]->normalize(&all, 0, rows);
+                all = (Rows){x, NULL, total, x, statistics, norm, NULL, {other, y}, width, 0};
+                kernels[k]->descend_norm(&all, 0, rows);
+                all = (Rows){x, NULL, NULL, y, NULL, NULL, NULL, {NULL, other}, width, 0};
+                kernels[k]->descend_norm(&all, 0, rows);
+                free(x);
+                free(other);
+                free(y);
+                free(total);
+                free(norm);
+                free(statistics);
+            }
         printf("%s\n", kernels[k]->name);
     }
     return 0;

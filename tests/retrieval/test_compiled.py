@@ -250,11 +250,14 @@ def test_gelu_passes_on_what_is_no_number_and_touches_nothing_beside_it(name):
     frames[0][20:24], frames[1][20:24] = x, 3
     kernel.activate(name, values, values, slopes[20:].data_ptr(), 4, threads)
     kernel.descend(name, gradients, results, slopes[20:].data_ptr(), 4, threads)
-    kernel.drop(name, values, gradients, 0, 4, threads, 5, 60000, 2.0)
-    for frame in frames:
-        assert (frame[:20] == 7).all() and (frame[24:] == 7).all() and not (frame[20:24] == 7).any()
     end = 20 + 4 * CompiledKernel(name).slope_bytes
     assert (slopes[:20] == 7).all() and (slopes[end:] == 7).all()
+    bits = torch.full((48,), 7, dtype=torch.uint8)
+    kernel.draw(name, 0, 0, bits[16:].data_ptr(), 4, threads, 5, 60000)
+    kernel.drop(name, values, gradients, bits[16:].data_ptr(), 4, threads, 0, 0, 2.0)
+    for frame in frames:
+        assert (frame[:20] == 7).all() and (frame[24:] == 7).all() and not (frame[20:24] == 7).any()
+    assert (bits[:16] == 7).all() and (bits[32:] == 7).all()
 
 
 @EVERY_KERNEL
@@ -317,9 +320,11 @@ def test_dropout_draws_the_papers_numbers_whatever_the_kernel(name, seed):
     count = 4096 + 300
     draws = torch.tensor(draw_plainly(seed, count))
     for least in (1, 6554, 65535):
-        x = torch.randn(count).to(find_type(name)).requires_grad_()
-        y = compiled._drop(x.detach(), CompiledKernel(name), seed, least, 1.25)
-        assert torch.equal(y, torch.where(draws >= least, x.detach() * 1.25, 0.0))
+        x, kernel = torch.randn(count).to(find_type(name)), CompiledKernel(name)
+        kept = torch.empty(compiled.count_bit_bytes(count), dtype=torch.uint8)
+        y = compiled.drop(x, compiled.draw_kept(kept, least / 65536, kernel, seed), 0.2, kernel)
+        assert torch.equal(y, torch.where(draws >= least, x * 1.25, 0.0))
+        assert np.array_equal(np.unpackbits(kept.numpy(), bitorder="little")[:count], draws >= least)
 
 
 @EVERY_KERNEL
@@ -333,7 +338,7 @@ def test_dropout_scales_values_and_gradients_by_one_mask(name, p):
     aim = torch.randn_like(found)
     (gradient,) = torch.autograd.grad(found, x, aim)
     stays, factor = found != 0, 1 / (1 - p)
-    assert not kept
+    assert [part.nbytes for part in kept] == [-(-137 * 53 // 128) * 16]  # a bit a number
     assert torch.equal(found, torch.where(stays, x * factor, 0.0))
     assert torch.equal(gradient, torch.where(stays, aim * factor, 0.0))
     assert abs(stays.double().mean().item() - (1 - p)) < 0.03  # five standard deviations
@@ -356,7 +361,84 @@ def test_dropout_repeats_with_the_generator_and_with_any_number_of_threads(name)
     assert abs(both - 0.01) < 0.001  # two draws know nothing of each other
 
 
+# ---- norms
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 48), (40, 384)])
+def test_a_norm_of_a_sum_and_its_gradient_are_those_of_torch_in_float64(name, rows, width):
+    torch.manual_seed(0)
+    kernel, dtype = CompiledKernel(name), find_type(name)
+    x, other, *aims = (torch.randn(rows, width).mul(3).add(1).to(dtype) for _ in range(5))
+    norm = torch.randn(width), torch.randn(width)
+    total, statistics = torch.empty_like(x), torch.empty(rows, compiled.STATISTICS)
+    y = compiled.normalize(x, norm, 1e-5, statistics, kernel, other, total)
+    step = 1e-5 if dtype == torch.float32 else 2**-8
+    assert torch.equal(total, x + other)
+    wide = total.double().requires_grad_()
+    true = torch.nn.functional.layer_norm(wide, (width,), *(part.double() for part in norm), 1e-5)
+    assert torch.allclose(y.double(), true.detach(), rtol=step, atol=1e-5)
+    assert torch.equal(compiled.normalize(total, norm, 1e-5, torch.empty_like(statistics), kernel), y)
+    assert torch.equal(compiled.normalize(total, norm, None, statistics, kernel), y)  # taken again
+    for added in ((None, None), (aims[1], None), (None, aims[2]), (aims[1], aims[2])):
+        given = sum(aim.double() for aim in (aims[0], *added) if aim is not None)
+        (expected,) = torch.autograd.grad(true, wide, given, retain_graph=True)
+        gradient = aims[0].clone()
+        found = compiled.descend_norm(gradient, norm, total, statistics, kernel, added)
+        assert found is gradient and (found - expected).norm() <= step * expected.norm() + 1e-5
+        plain = compiled.descend_norm(aims[0].clone(), None, None, None, kernel, added)
+        assert torch.allclose(plain.double(), given, rtol=step, atol=1e-6)
+
+
+@EVERY_KERNEL
+def test_a_norm_passes_on_what_is_no_number_row_by_row_on_any_number_of_threads(name):
+    kernel, x = CompiledKernel(name), torch.randn(70, 32).to(find_type(name))
+    x[3, 7], x[69, 0] = float("nan"), float("inf")
+    norm, statistics, threads = (torch.ones(32), torch.zeros(32)), torch.empty(70, 2), torch.get_num_threads()
+    one = compiled.normalize(x, norm, 1e-5, statistics, kernel)
+    try:
+        torch.set_num_threads(2)
+        two = compiled.normalize(x, norm, 1e-5, statistics, kernel)
+    finally:
+        torch.set_num_threads(threads)
+    lost = ~torch.isfinite(one).all(dim=1)
+    assert lost.nonzero().flatten().tolist() == [3, 69] and torch.equal(one[~lost], two[~lost])
+
+
+@EVERY_KERNEL
+def test_rows_that_do_not_go_together_are_refused(name):
+    kernel, x = CompiledKernel(name), torch.randn(6, 32).to(find_type(name))
+    norm, statistics = (torch.ones(32), torch.zeros(32)), torch.empty(6, 2)
+    for wrong in (
+        {"norm": (torch.ones(16), torch.zeros(32))},
+        {"statistics": torch.empty(6)},
+        {"other": x[:5], "total": x.clone()},
+        {"other": torch.stack([x, x], dim=-1)[..., 0], "total": x.clone()},
+    ):
+        with pytest.raises(ValueError, match="does not go with 6 rows of 32 numbers"):
+            compiled.normalize(
+                **{"x": x, "norm": norm, "epsilon": 1e-5, "statistics": statistics, "kernel": kernel, **wrong}
+            )
+    with pytest.raises(TypeError, match="the kernel takes torch"):
+        compiled.normalize(x, (torch.ones(32).double(), torch.zeros(32)), 1e-5, statistics, kernel)
+    with pytest.raises(ValueError, match="bits are drawn 128 at a time: 15 bytes"):
+        compiled.draw_kept(torch.empty(15, dtype=torch.uint8), 0.1, kernel)
+    with pytest.raises(ValueError, match="16 bytes are not the bits of 192 numbers"):
+        compiled.drop(x, torch.empty(16, dtype=torch.uint8), 0.1, kernel)
+    with pytest.raises(ValueError, match="16 bytes are not those of the slopes of 192 numbers"):
+        compiled.activate(x.clone(), torch.empty(16, dtype=torch.uint8), kernel)
+
+
 # ---- the encoder on it
+
+
+def choose_autograd(monkeypatch, chosen: bool):
+    """Layers by torch's autograd, where some are written out by hand."""
+    run = _RUNS_BY_HAND if not chosen else lambda encoder, layers=None: False
+    monkeypatch.setattr(packed.PackedEncoder, "runs_by_hand", run)
+
+
+_RUNS_BY_HAND = packed.PackedEncoder.runs_by_hand
 
 
 def build(family: str):
@@ -379,12 +461,14 @@ def build(family: str):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("pooling", "recompute"),
-    [("mean", "nothing"), ("mean", "projections"), ("cls", "projections"), ("cls", "layers")],
+    [("mean", 0), ("mean", 1), ("cls", 2), ("cls", "layers")],
 )
 @pytest.mark.parametrize("most", [packed.SLICE, 100], ids=["one slice", "slices"])
+@pytest.mark.parametrize("by_hand", [True, False], ids=["by hand", "by autograd"])
 def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
-    name, family, pooling, recompute, most, monkeypatch
+    name, family, pooling, recompute, most, by_hand, monkeypatch
 ):
+    choose_autograd(monkeypatch, not by_hand)
     monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
     monkeypatch.setattr(packed, "SLICE", most)
     module, ids = build(family), draw_ids(ODD_LENGTHS)
@@ -410,8 +494,10 @@ def test_the_encoder_gives_the_padded_float64_vectors_and_gradients(
 @EVERY_KERNEL
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("most", [packed.SLICE, 100], ids=["one slice", "slices"])
-def test_what_is_computed_again_has_the_same_bits(name, pooling, most, monkeypatch):
-    """With dropout: the backward pass draws the mask of the forward pass."""
+@pytest.mark.parametrize("by_hand", [True, False], ids=["by hand", "by autograd"])
+def test_what_is_computed_again_has_the_same_bits(name, pooling, most, by_hand, monkeypatch):
+    """With dropout: the backward pass has the mask of the forward pass."""
+    choose_autograd(monkeypatch, not by_hand)
     monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
     monkeypatch.setattr(packed, "SLICE", most)
     module, ids = build("roberta").float().train(), draw_ids(ODD_LENGTHS)
@@ -420,16 +506,54 @@ def test_what_is_computed_again_has_the_same_bits(name, pooling, most, monkeypat
             part.p = 0.3
     trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
     found = {}
-    for recompute in ("nothing", "projections", "layers"):
+    for recompute in (0, 1, 2, "layers"):
         encoder = packed.PackedEncoder(module, pooling, find_type(name), recompute)
         for _ in range(2):  # the second time on memory that held something
             torch.manual_seed(1)
             vectors = encoder.forward(ids)
             found[recompute] = [vectors.detach(), *torch.autograd.grad(vectors.sin().sum(), trained)]
             torch.rand(1)
-    assert found["nothing"][1].abs().sum() > 0
-    for recompute in ("projections", "layers"):
-        assert all(map(torch.equal, found[recompute], found["nothing"])), recompute
+        assert encoder.runs_by_hand() == by_hand
+    assert found[0][1].abs().sum() > 0
+    for recompute in (1, 2, "layers"):
+        assert all(map(torch.equal, found[recompute], found[0])), recompute
+
+
+@EVERY_KERNEL
+def test_by_hand_and_by_autograd_draw_one_mask_and_agree(name, monkeypatch):
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    module, ids, found = build("bert").float().train(), draw_ids(ODD_LENGTHS), []
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+    trained = [p for n, p in module.named_parameters() if p.requires_grad and "pooler" not in n]
+    for by_autograd in (False, True):
+        choose_autograd(monkeypatch, by_autograd)
+        torch.manual_seed(1)
+        vectors = packed.PackedEncoder(module, "mean", find_type(name)).forward(ids)
+        parts = [vectors.detach(), *torch.autograd.grad(vectors.sin().sum(), trained)]
+        found.append(torch.cat([part.flatten() for part in parts]))
+    step = 1e-5 if find_type(name) == torch.float32 else 0.05
+    assert (found[0] - found[1]).norm() < step * found[1].norm()
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("change", ["a norm trains", "DoRA", "another activation", "norms of half precision"])
+def test_what_has_no_kernels_is_left_to_autograd(name, change, monkeypatch):
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    config = BertConfig(**{**SHAPE, "hidden_size": 64, "hidden_act": "relu" if "activation" in change else "gelu"})
+    module = BertModel(config).requires_grad_(False)
+    if "half" in change:
+        module.to(torch.bfloat16)
+    module = get_peft_model(module, LoraConfig(r=4, target_modules=["query"], use_dora=change == "DoRA"))
+    if "trains" in change:
+        packed.find_core(module).encoder.layer[1].output.LayerNorm.bias.requires_grad_(True)
+    assert not packed.PackedEncoder(module, "mean", find_type(name)).runs_by_hand()
+    module = get_peft_model(BertModel(BertConfig(**{**SHAPE, "hidden_size": 64})), LoraConfig(target_modules=["query"]))
+    encoder = packed.PackedEncoder(module, "mean", find_type(name))
+    assert encoder.runs_by_hand()
+    encoder.forward(draw_ids([5, 9])).sum().backward()
+    assert all(p.grad is not None for n, p in module.named_parameters() if "lora" in n and "pooler" not in n)
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("bfloat16")] or ["none"])
@@ -446,9 +570,11 @@ def test_a_byte_for_a_slope_costs_no_exactness(name, monkeypatch):
 
     exact = differentiate(pool_padded(module, ids))
     module.float()
-    with_bytes = differentiate(packed.PackedEncoder(module, "mean", torch.bfloat16).forward(ids))
-    monkeypatch.setattr(packed.PackedEncoder, "_find_activation_kernel", lambda encoder: None)
-    with_torch = differentiate(packed.PackedEncoder(module, "mean", torch.bfloat16).forward(ids))
+    choose_autograd(monkeypatch, True)
+    encoder = packed.PackedEncoder(module, "mean", torch.bfloat16)
+    with_bytes = differentiate(encoder.forward(ids))
+    encoder.has_gelu = False
+    with_torch = differentiate(encoder.forward(ids))
     assert not torch.equal(with_bytes, with_torch)
     assert (with_bytes - exact).norm() < 1.1 * (with_torch - exact).norm() < 0.1 * exact.norm()
 
@@ -490,7 +616,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
         lengths = bounds.diff().tolist()
         return mix_plainly(1.1 * qkv.float(), lengths, heads) if gradient is None else torch.zeros_like(qkv)
 
-    monkeypatch.setattr(compiled, "_attend", run_wrongly)
+    monkeypatch.setattr(compiled, "attend", run_wrongly)
     monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel("wrong"))
     path = attention.choose_path(CPU, torch.float32, 64)
     assert (path.layout, path.kernel, path.takes_slices) == ("blocks", None, True)

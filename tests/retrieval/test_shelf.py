@@ -2,11 +2,9 @@
 
 import gc
 
-import pytest
 import torch
-from torch.autograd import gradcheck
 
-from koret.retrieval.shelf import LINE, NormOnShelf, ShelfStore, SumOnShelf
+from koret.retrieval.shelf import LINE, ShelfStore
 
 
 def test_tensors_stand_side_by_side_and_apart():
@@ -65,33 +63,31 @@ def test_memory_of_another_size_is_let_go():
     assert [len(memory) for memory in store._free.values()] == [2000 + 2 * LINE]
 
 
+class Double(torch.autograd.Function):
+    """2 a, put on a shelf and read there for the gradient of its square."""
+
+    @staticmethod
+    def forward(ctx, a, shelf):
+        twice = torch.add(a, a, out=shelf.take(tuple(a.shape), a.dtype))
+        ctx.save_for_backward(twice)
+        return twice.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 4 * ctx.saved_tensors[0], None
+
+
 def test_a_graph_keeps_its_memory_until_it_is_gone():
     store = ShelfStore()
     a = torch.randn(64, 32, requires_grad=True)
 
     def run():
-        return SumOnShelf.apply(a, a * 2, store.open(64 * 32 * 4, 1)).square().sum()
+        return Double.apply(a, store.open(64 * 32 * 4, 1)).sum()
 
     first, second = run(), run()  # both wait for their backward pass
     for loss in (second, first):
         (found,) = torch.autograd.grad(loss, a)
-        assert torch.allclose(found, 18 * a)
+        assert torch.allclose(found, 8 * a)
     del first, second, loss
     gc.collect()
     assert len(store._free) == 2
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_norm_is_torchs_and_so_are_its_gradients(trained):
-    torch.manual_seed(0)
-    store = ShelfStore()
-    a, x = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=trained) for _ in range(2))
-
-    def norm(*given):
-        return NormOnShelf.apply(*given, 1e-5, store.open(5 * 8 * 8 + 2 * 5 * 8, 3))
-
-    expected = torch.nn.functional.layer_norm(a + x, (8,), weight, bias, 1e-5)
-    assert torch.equal(norm(a, x, weight, bias), expected)
-    assert gradcheck(norm, (a, x, weight, bias))
-    assert gradcheck(lambda a, x: SumOnShelf.apply(a, x, store.open(5 * 8 * 8, 1)).square(), (a, x))

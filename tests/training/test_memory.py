@@ -54,12 +54,12 @@ def test_what_a_token_keeps_is_counted(tiny_model):
     assert torch.equal(state, torch.get_rng_state())
     least, most = 2 * (5 * 32 + 64) * 4, 2 * (16 * 32 + 3 * 64) * 4  # layers x numbers x bytes
     assert least < plain < most
-    encoder.recompute = "projections"
+    encoder.recompute = 2
     lean = memory.measure_bytes_per_token(encoder)
     assert plain - lean >= 2 * 3 * 32 * 4  # q, k and v of two layers
     encoder.recompute = "layers"
     assert memory.measure_bytes_per_token(encoder) < min(lean, plain / 2)
-    encoder.recompute = "nothing"
+    encoder.recompute = 0
     assert memory.measure_bytes_per_token(encoder) == plain  # whatever was measured before
     encoder.slow_path_reason = "asked for"
     assert memory.measure_bytes_per_token(encoder) > plain

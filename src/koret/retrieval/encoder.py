@@ -56,7 +56,7 @@ class TextEncoder:
     ) -> None:
         self.model, self.name, self.precision = model, name, precision
         self.prefixes = {"query": query_prefix, "passage": passage_prefix}
-        self.recompute: Recompute = "layers" if gradient_checkpointing else "nothing"
+        self.recompute: Recompute = "layers" if gradient_checkpointing else 0
         self._packed: tuple[nn.Module, PackedEncoder] | None = None
         self.slow_path_reason = self._explain_slow_path()
         if self.slow_path_reason:
@@ -102,6 +102,12 @@ class TextEncoder:
             passage_prefix=self.prefixes["passage"],
             gradient_checkpointing=self.recompute == "layers",
         )
+
+    @property
+    def keeps_on_shelves(self) -> bool:
+        """Whether what a step keeps for its backward pass lies apart from all else."""
+        by_hand = self.slow_path_reason is None and self._packed_forward().runs_by_hand()
+        return by_hand and self.recompute != "layers"
 
     @property
     def path(self) -> str:
@@ -214,6 +220,11 @@ class TextEncoder:
         Scoring may leave them in an order that nothing else multiplies them in.
         """
         self._packed = None
+
+    def release_shelves(self) -> None:
+        """Let go of the memory that steps put on shelves what they keep in; the next one takes as much as it needs."""
+        if self._packed is not None:
+            self._packed[1].shelves.clear()
 
     def _describe_tokenizer(self) -> str:
         """The tokenizer as JSON, less the truncation and padding its last caller happened to set."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koret.retrieval.compiled import CompiledDropout, CompiledKernel, draw_seed
+from koret.retrieval.compiled import CompiledDropout, CompiledKernel
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
 FEW = 48  # tokens: more of float32, without AVX-512, lose by weights in oneDNN's order
@@ -42,8 +42,8 @@ class Linear:
         """Whether dropout is drawn."""
         return self.adapters is not None and self.adapters.dropout > 0
 
-    def apply(self, x: Tensor, kernel: CompiledKernel | None = None, seed: int | None = None) -> Tensor:
-        """x (T, C) -> (T, sum of widths). A ``kernel`` computes dropout, from ``seed`` where there is one."""
+    def apply(self, x: Tensor, kernel: CompiledKernel | None = None) -> Tensor:
+        """x (T, C) -> (T, sum of widths). A ``kernel`` computes dropout."""
         adapters = self.adapters
         factors = None if adapters is None else adapters.factors
         early = self.bias if factors is None else None
@@ -55,12 +55,30 @@ class Linear:
             y = torch.cat([FourBitLinear.apply(x, weight) for weight in self.four_bit], dim=1)
             y = y if early is None else y + early
         if adapters is not None:
-            dropped = drop_fast(x, adapters.dropout, kernel, seed) if self.drops else x
+            dropped = drop_fast(x, adapters.dropout, kernel) if self.drops else x
             y = y.addmm_(F.linear(dropped, adapters.down.to(x.dtype)), adapters.up.to(x.dtype).t())
         if factors is not None:
             y = y * factors
             y = y if self.bias is None else y + self.bias
         return y
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (T, C) -> (T, sum of widths), W x + bias alone and outside of autograd."""
+        if self.ordered is not None:
+            return multiply_ordered(x, self.ordered.forward, self.bias)
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.cat([F.linear(x, dequantize(weight).to(x.dtype)) for weight in self.four_bit], dim=1)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def multiply_back(self, gradient: Tensor) -> Tensor:
+        """The gradient of ``multiply``'s result (T, sum of widths) -> that of x (T, C)."""
+        if self.ordered is not None:
+            return multiply_ordered(gradient, self.ordered.backward)
+        if self.weight is not None:
+            return gradient @ self.weight
+        weights = [dequantize(weight).to(gradient.dtype) for weight in self.four_bit]
+        return gradient @ (weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
 @dataclass
@@ -185,16 +203,21 @@ class OrderedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: OrderedWeight, bias: Tensor | None) -> Tensor:
         """x (T, C) -> (T, width)."""
         ctx.weight = weight
-        return torch.ops.mkldnn._linear_pointwise(x, weight.forward, bias, "none", [], "")
+        return multiply_ordered(x, weight.forward, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         wanted, _, trained = ctx.needs_input_grad
         return (
-            torch.ops.mkldnn._linear_pointwise(gradient, ctx.weight.backward, None, "none", [], "") if wanted else None,
+            multiply_ordered(gradient, ctx.weight.backward) if wanted else None,
             None,
             gradient.sum(dim=0) if trained else None,
         )
+
+
+def multiply_ordered(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """x (T, C) and an ordered W -> W x + bias (T, width)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def gains_from_order(dtype: torch.dtype, weights: list[Tensor], tokens: int) -> bool:
@@ -247,14 +270,14 @@ class FourBitLinear(torch.autograd.Function):
         return gradient @ dequantize(ctx.weight).to(gradient.dtype), None
 
 
-def drop_fast(x: Tensor, p: float, kernel: CompiledKernel | None = None, seed: int | None = None) -> Tensor:
+def drop_fast(x: Tensor, p: float, kernel: CompiledKernel | None = None) -> Tensor:
     """Dropout with probability ``p`` (in steps of 1/65536); on CPU from 16-bit draws, faster than F.dropout.
 
     The draws come from torch's default generator, so restoring its state repeats the mask. A byte a value is kept, and
-    nothing where a compiled ``kernel`` draws, from ``seed`` where there is one.
+    a bit where a compiled ``kernel`` draws.
     """
     if kernel is not None:
-        return CompiledDropout.apply(x, p, kernel, draw_seed() if seed is None else seed)
+        return CompiledDropout.apply(x, p, kernel)
     if x.device.type != "cpu":
         return F.dropout(x, p, True)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

@@ -13,6 +13,7 @@ its probabilities are recomputed in the backward pass, never stored (Chen et al.
 takes sequences of any length, koret's own on CPU among them, the texts stand side by side without blocks; on other
 devices than CPU they are else padded to the longest of a few groups of like length: ``attention.choose_path`` decides.
 On CPU the flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole.
+There a layer is one step of autograd (``layer.FrozenLayer``) wherever only adapters train.
 Where a text is its first token (pooling 'cls'), nothing but first tokens is computed behind the attention of the last
 layer.
 """
@@ -22,7 +23,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
-from koret.retrieval.compiled import CompiledGelu, CompiledKernel, draw_seed
+from koret.retrieval.compiled import CompiledGelu, CompiledKernel, Norm
+from koret.retrieval.layer import PLACES, FrozenLayer, Layer, LayerRun, count_kept, list_linears
 from koret.retrieval.layout import cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 from koret.retrieval.linear import (
     Adapters,
@@ -44,14 +45,12 @@ from koret.retrieval.linear import (
     is_four_bit,
     read_adapters,
 )
-from koret.retrieval.shelf import NormOnShelf, Shelf, ShelfStore, SumOnShelf
+from koret.retrieval.shelf import Shelf, ShelfStore
 
-# What is not kept for the backward pass but computed again there, with the same bits: q, k and v of every layer and the
-# norm before them, or all inside of a layer (gradient checkpointing).
-Recompute = Literal["nothing", "projections", "layers"]
-STATISTIC = 4  # bytes at least of a token's mean, and of its spread
+# What is not kept for the backward pass but computed again there, with the same bits: q, k and v of so many layers, or
+# all inside of every layer (gradient checkpointing).
+Recompute = int | Literal["layers"]
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-Norm = tuple[Tensor, Tensor]  # weight and bias
 SLICE = 3072  # tokens that go through the layers together on CPU, for each thread: fewer take longer, more gain nothing
 MANY = 4  # slices: a batch of more goes in slices half as large, for what passes is memory beside all that it keeps
 ROWS = 16  # oneDNN compiles a product for every number of rows, and keeps parts of it for good: multiples of this one
@@ -97,7 +96,7 @@ class PackedEncoder:
         backbone: nn.Module,
         pooling: str = "mean",
         dtype: torch.dtype = torch.float32,
-        recompute: Recompute = "nothing",
+        recompute: Recompute = 0,
     ) -> None:
         reason = explain_unsupported(backbone)
         if reason:
@@ -115,7 +114,7 @@ class PackedEncoder:
         # RoBERTa counts positions from padding_idx + 1
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
-        self._shelves = ShelfStore()
+        self.shelves = ShelfStore()
         self._paths: dict[torch.device, AttentionPath] = {}
         self._frozen: dict[tuple[str | int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
@@ -176,13 +175,13 @@ class PackedEncoder:
         ]
         return PaddedTexts(groups) if path.layout == "padded" else groups
 
-    def _multiplies_by_onednn(self, layers: list[_Layer]) -> bool:
+    def _multiplies_by_onednn(self, layers: list[Layer]) -> bool:
         """Whether the layers do, on CPU."""
         half = self.dtype in (torch.bfloat16, torch.float16)
         return half or any(linear.ordered for layer in layers for linear in layer.linears)
 
     def _run_slice(
-        self, layers: list[_Layer], x: Tensor, groups: Groups, rows: Tensor | None, *, spare: int, room: int
+        self, layers: list[Layer], x: Tensor, groups: Groups, rows: Tensor | None, *, spare: int, room: int
     ) -> Tensor:
         """Flat tokens (T, C) through all layers; only ``rows`` come out of the last one, where they are given.
 
@@ -190,26 +189,39 @@ class PackedEncoder:
         """
         tokens, norm = len(x), None
         x = F.pad(x, (0, 0, 0, spare)) if spare else x
-        shelf = self._open_shelf(len(x), room)
-        for layer in layers:
-            run = partial(self._run_layer, layer, norm, groups, rows if layer is layers[-1] else None, shelf)
-            x = checkpoint(run, x, use_reentrant=False) if self._computes_again("layers") else run(x)
+        run_layer = self._run_layer
+        if self.runs_by_hand(layers):
+            run_layer = partial(self._run_by_hand, shelf=self._open_shelf(layers, max(len(x), room)))
+        for number, layer in enumerate(layers):
+            run = partial(
+                run_layer, layer, norm, groups, rows if layer is layers[-1] else None, self._mixes_again(number)
+            )
+            x = checkpoint(run, x, use_reentrant=False) if self._runs_again else run(x)
             norm = layer.norms[1]
         x = self._normalize(x, norm)
         return x[:tokens] if spare and rows is None else x
 
-    def _computes_again(self, what: Recompute) -> bool:
-        return self.recompute == what and torch.is_grad_enabled()
+    @property
+    def _runs_again(self) -> bool:
+        """Whether layers run again in the backward pass."""
+        return self.recompute == "layers" and torch.is_grad_enabled()
 
-    def _open_shelf(self, tokens: int, room: int) -> Shelf | None:
-        """Memory for all that so many tokens of a slice keep, where that is known beforehand; at least for ``room``."""
-        if not (torch.is_grad_enabled() and self.recompute != "layers" and self.path.takes_slices):
+    def _mixes_again(self, number: int) -> bool:
+        """Whether q, k and v of a layer are computed again in the backward pass."""
+        return self.recompute != "layers" and number < self.recompute and torch.is_grad_enabled()
+
+    def runs_by_hand(self, layers: list[Layer] | None = None) -> bool:
+        """Whether each layer is one step of autograd, which has kernels for all of it."""
+        layers = self._read_layers(1) if layers is None else layers
+        return self._kernel is not None and self.has_gelu and all(layer.is_frozen for layer in layers)
+
+    def _open_shelf(self, layers: list[Layer], tokens: int) -> Shelf | None:
+        """Memory for all that so many tokens of a slice keep."""
+        if self._runs_again or not torch.is_grad_enabled():
             return None
-        config, size = self.core.config, torch.finfo(self.dtype).bits // 8
-        kernel = self._find_activation_kernel()
-        slopes = 0 if kernel is None else config.intermediate_size * kernel.slope_bytes
-        kept = config.num_hidden_layers * (2 * (config.hidden_size * size + max(size, STATISTIC)) + slopes)
-        return self._shelves.open(max(tokens, room) * kept, 5 * config.num_hidden_layers)
+        sizes = self.core.config.hidden_size, self.core.config.intermediate_size
+        kept = [count_kept(layer, *sizes, self._kernel, self._mixes_again(n)) for n, layer in enumerate(layers)]
+        return self.shelves.open(tokens * sum(kept), PLACES * len(layers))
 
     def _plan_embedding(self, tokens: Sequence[Tensor], positions: Sequence[Tensor]) -> Callable[[int], Tensor]:
         """What embeds the flat tokens of a slice: all slices at once where tables train, for a table's gradient is as
@@ -231,66 +243,71 @@ class PackedEncoder:
         (adapters,) = read_adapters([[projection]], self.dtype)
         return self._read_linear([projection], adapters, len(x)).apply(x)
 
-    def _read_layers(self, tokens: int) -> list[_Layer]:
+    def _read_layers(self, tokens: int) -> list[Layer]:
         """Every layer's parameters for so many tokens, gathered once however many slices go through them."""
         modules = [list_linears(layer) for layer in self.core.encoder.layer]
         groups = [group for linears in modules for group in linears]
         adapters = iter(read_adapters(groups, self.dtype))
         return [
-            _Layer(
+            Layer(
                 linears=[self._read_linear(group, next(adapters), tokens) for group in linears],
-                norms=[
-                    (self._read([norm.weight]), self._read([norm.bias]))
-                    for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm)
-                ],
+                norms=[(norm.weight, norm.bias) for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm)],
             )
             for layer, linears in zip(self.core.encoder.layer, modules, strict=True)
         ]
 
     def _run_layer(
-        self,
-        layer: _Layer,
-        norm: Norm | None,
-        groups: Groups,
-        rows: Tensor | None,
-        shelf: Shelf | None,
-        x: Tensor,
+        self, layer: Layer, norm: Norm | None, groups: Groups, rows: Tensor | None, mixes_again: bool, x: Tensor
     ) -> Tensor:
         """One layer but for its last norm: x as the layer before it left it, whose last norm is ``norm``."""
         _, join, widen, narrow = layer.linears
         mix = _MixAgain(self, layer, norm, groups)
-        if self._computes_again("projections"):
-            x, mixed = checkpoint(mix, x, use_reentrant=False, preserve_rng_state=self._kernel is None)
-        else:
-            x, mixed = mix(x)
+        x, mixed = checkpoint(mix, x, use_reentrant=False) if mixes_again else mix(x)
         if rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
-        mixed = join.apply(mixed, self._kernel)
-        if shelf is None:
-            x = self._normalize(mixed.add_(x), layer.norms[0])
-        else:
-            x = NormOnShelf.apply(mixed, x, *layer.norms[0], self.epsilon, shelf)
-        hidden = self._activate(widen.apply(x, self._kernel), shelf)
-        y = narrow.apply(hidden, self._kernel)
-        return y.add_(x) if shelf is None else SumOnShelf.apply(y, x, shelf)
+        x = self._normalize(join.apply(mixed, self._kernel).add_(x), layer.norms[0])
+        return narrow.apply(self._activate(widen.apply(x, self._kernel)), self._kernel).add_(x)
+
+    def _run_by_hand(
+        self,
+        layer: Layer,
+        norm: Norm | None,
+        texts: FlatTexts,
+        rows: Tensor | None,
+        mixes_again: bool,
+        x: Tensor,
+        *,
+        shelf: Shelf | None,
+    ) -> Tensor:
+        factors = tuple(layer.factors)
+        keeps = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *factors))
+        run = LayerRun(
+            layer,
+            norm,
+            texts.bounds,
+            texts.longest,
+            self.heads,
+            self.epsilon,
+            self._kernel,
+            rows,
+            shelf,
+            keeps,
+            mixes_again,
+        )
+        return FrozenLayer.apply(x, run, *factors)
 
     def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return x if norm is None else F.layer_norm(x, (x.shape[1],), *norm, self.epsilon)
+        return x if norm is None else F.layer_norm(x, (x.shape[1],), *(self._read([p]) for p in norm), self.epsilon)
 
     @property
     def _kernel(self) -> CompiledKernel | None:
         kernel = self.path.kernel
         return kernel if isinstance(kernel, CompiledKernel) else None
 
-    def _find_activation_kernel(self) -> CompiledKernel | None:
-        return self._kernel if torch.is_grad_enabled() and self.has_gelu else None
-
-    def _activate(self, x: Tensor, shelf: Shelf | None) -> Tensor:
-        kernel = self._find_activation_kernel()
-        if kernel is None:
+    def _activate(self, x: Tensor) -> Tensor:
+        if self._kernel is None or not self.has_gelu or not torch.is_grad_enabled():
             return self.activation(x)
-        size = (x.numel() * kernel.slope_bytes,)
-        return CompiledGelu.apply(x, kernel, None if shelf is None else shelf.take(size, torch.uint8))
+        return CompiledGelu.apply(x, self._kernel)
 
     def _read_linear(self, modules: Sequence[nn.Module], adapters: Adapters | None, tokens: int) -> Linear:
         bases = [find_base(module) for module in modules]
@@ -332,20 +349,15 @@ class PackedEncoder:
 
 
 class _MixAgain:
-    """Flat tokens (T, C) -> the same behind ``norm``, and attention's outcome; a second call is the backward pass's.
+    """Flat tokens (T, C) -> the same behind ``norm``, and attention's outcome; a second call is the backward pass's."""
 
-    Where a kernel draws dropout, every call draws the same.
-    """
-
-    def __init__(self, encoder: PackedEncoder, layer: _Layer, norm: Norm | None, groups: Groups) -> None:
+    def __init__(self, encoder: PackedEncoder, layer: Layer, norm: Norm | None, groups: Groups) -> None:
         self.encoder, self.layer, self.norm, self.groups, self.was_called = encoder, layer, norm, groups, False
-        drops = encoder._kernel is not None and layer.linears[0].drops
-        self.seed = draw_seed() if drops else None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         encoder, wanted, self.was_called = self.encoder, not self.was_called, True
         x = encoder._normalize(x, self.norm)
-        qkv = self.layer.linears[0].apply(x, encoder._kernel, self.seed)
+        qkv = self.layer.linears[0].apply(x, encoder._kernel)
         return x, mix_tokens(qkv, self.groups, encoder.heads, wanted)
 
 
@@ -364,30 +376,6 @@ class _TextSums(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (owner,) = ctx.saved_tensors
         return F.pad(gradient.to(ctx.dtype), (0, 0, 0, 1)).index_select(0, owner), None, None
-
-
-@dataclass
-class _Layer:
-    """A transformer layer: q/k/v, attention's output, feed-forward up and down; norms after attention and at end."""
-
-    linears: list[Linear]
-    norms: list[Norm]
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything but adapters is trained."""
-        return any(linear.trains for linear in self.linears) or any(w.requires_grad for w, _ in self.norms)
-
-
-def list_linears(layer: nn.Module) -> list[tuple[nn.Module, ...]]:
-    """A layer's linear modules, those side by side together, in the order of ``_Layer.linears``."""
-    attention = layer.attention.self
-    return [
-        (attention.query, attention.key, attention.value),
-        (layer.attention.output.dense,),
-        (layer.intermediate.dense,),
-        (layer.output.dense,),
-    ]
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class ShelfStore:
         self._free: dict[int, np.ndarray] = {}  # by age
         self._made = 0
 
+    def clear(self) -> None:
+        """Let go of all that is kept."""
+        self._free.clear()
+
     def open(self, size: int, places: int) -> Shelf:
         """A shelf for ``places`` tensors of ``size`` bytes in all; of memory that is not twice as large."""
         size += LINE * (places + 1)
@@ -55,42 +59,9 @@ class ShelfStore:
             age = min(fitting)
             memory = self._free.pop(age)
         else:
-            self._free.clear()  # of another time
+            self.clear()  # of another time
             age, memory = self._made, np.empty(size, np.uint8)
             self._made += 1
         lent = memory.view()
         weakref.finalize(lent, self._free.__setitem__, age, memory).atexit = False
         return Shelf(lent)
-
-
-class SumOnShelf(torch.autograd.Function):
-    """a + x, written to a place on a shelf."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, x: Tensor, shelf: Shelf) -> Tensor:
-        """a and x of one shape -> the same."""
-        return torch.add(a, x, out=shelf.take(a.shape, a.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient, gradient, None
-
-
-class NormOnShelf(torch.autograd.Function):
-    """The norm of a + x over its last dimension (Ba et al. 2016, arXiv 1607.06450); all that it keeps is on a shelf."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, shelf: Shelf) -> Tensor:
-        """a and x (T, C), weight and bias (C,) -> (T, C)."""
-        total = torch.add(a, x, out=shelf.take(a.shape, a.dtype))
-        y, *found = torch.native_layer_norm(total, weight.shape, weight, bias, epsilon)
-        ctx.save_for_backward(total, weight, bias, *(shelf.take(part.shape, part.dtype).copy_(part) for part in found))
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, bias, mean, factor = ctx.saved_tensors
-        wanted = [any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]]
-        backward = torch.ops.aten.native_layer_norm_backward
-        found, *rest = backward(gradient.contiguous(), total, weight.shape, mean, factor, weight, bias, wanted)
-        return found, found, *rest, None, None

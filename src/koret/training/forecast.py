@@ -71,7 +71,7 @@ class PeakForecast:
     growth: float = 0.0  # the same, what they grow by in a run
     passing: int = 0  # what the widest layer computes and does not keep
     later: int = 0  # what is lost beside that in a run
-    again: bool = False  # whether q, k and v are computed again in the backward pass
+    again: int = 0  # layers whose q, k and v are computed again in the backward pass
 
     @property
     def lost(self) -> float:
@@ -96,7 +96,7 @@ class PeakForecast:
     def __str__(self) -> str:
         pieces = f", a batch in up to {self.pieces} pieces by GradCache" if self.pieces > 1 else ""
         lost = f"; {self.lost:.0%} more lost between tensors" if self.lost else ""
-        again = ", q, k and v computed again instead of kept" if self.again else ""
+        again = f", q, k and v of {self.again} layers computed again instead of kept" if self.again else ""
         return (
             f"memory: about {self.peak / 2**30:.2f} GB at the peak: {self.held / 2**30:.2f} held, "
             f"{self.activations / 2**30:.2f} for activations ({self.per_token / 1024:.1f} KB a token, "
@@ -130,7 +130,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     pieces = -(-heaviest // budget)
     passing = min(tokens, slice_tokens) * numbers * size
     cpu = encoder.device.type == "cpu"  # on CUDA tensors are counted, not memory
-    shelved = sliced and encoder.recompute != "layers" and not trains_layers(encoder)
+    shelved = encoder.keeps_on_shelves
     return PeakForecast(
         held=read_held(encoder.device),
         per_token=per_token,
@@ -143,7 +143,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         growth=GROWTH if cpu and not shelved else 0.0,
         passing=passing * (PASSING if shelved else 1),
         later=passing * LATER if shelved else 0,
-        again=encoder.recompute == "projections",
+        again=0 if encoder.recompute == "layers" else encoder.recompute,
     )
 
 
@@ -151,12 +151,6 @@ def find_products(encoder: TextEncoder) -> list[torch.nn.Parameter]:
     """The frozen matrices that every token is multiplied with."""
     layers = find_core(encoder.backbone).encoder.layer
     return [p for name, p in layers.named_parameters() if p.dim() == 2 and not p.requires_grad and ".lora_" not in name]
-
-
-def trains_layers(encoder: TextEncoder) -> bool:
-    """Whether more of the layers trains than adapters."""
-    layers = find_core(encoder.backbone).encoder.layer
-    return any(p.requires_grad and ".lora_" not in name for name, p in layers.named_parameters())
 
 
 def count_merged(encoder: TextEncoder) -> int:

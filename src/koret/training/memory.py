@@ -80,6 +80,7 @@ def measure_bytes_per_token(encoder: TextEncoder) -> int:
 def _count_kept(encoder: TextEncoder, texts: int, length: int) -> int:
     """Bytes of every piece of memory that the backward pass of ``texts`` texts holds on to."""
     kept: dict[int, int] = {}
+    encoder.release_shelves()  # a larger one of another count would be used, and counted
 
     def note(tensor: torch.Tensor) -> torch.UntypedStorage:
         storage = tensor.untyped_storage()

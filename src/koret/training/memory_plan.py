@@ -38,9 +38,10 @@ def plan_memory(
     """Choose how batches of up to ``heaviest`` tokens are encoded, and set ``encoder.recompute`` to it.
 
     As a whole, keeping everything, where that fits into half of the free memory and under ``limit``, the bytes that
-    this process may hold. Else q, k and v are computed again in the backward pass: half is kept, and a step takes an
-    eighth more time. What does not fit then either goes in pieces (GradCache), which takes a third more.
-    ``asked``: tokens at a time that were asked for. ``merges``: whether a merged copy of the model is made at the end.
+    this process may hold. Else q, k and v are computed again in the backward pass, in as few layers as will do: in all
+    of them half is kept, and a step takes a tenth more time. What does not fit then either goes in pieces (GradCache),
+    which takes a third more. ``asked``: tokens at a time that were asked for. ``merges``: whether a merged copy of the
+    model is made at the end.
 
     Gradients are the same in every case, and on a CPU with the same bits in the first two.
     """
@@ -57,11 +58,20 @@ def plan_memory(
         return MemoryPlan(per_token, budget, not exceeds(budget) and budget >= min(heaviest, asked or heaviest))
 
     whole = plan()
-    if whole.fits or encoder.recompute != "nothing" or encoder.slow_path_reason is not None:
+    if whole.fits or encoder.recompute == "layers" or encoder.slow_path_reason is not None:
         return whole
-    encoder.recompute = "projections"
-    lean = plan()
-    if lean.fits or asked:
-        return lean
-    encoder.recompute = "nothing"
-    return whole
+    few, many = 0, encoder.backbone.config.num_hidden_layers  # too few layers, and enough of them
+    encoder.recompute = many
+    found = plan()
+    if not found.fits and not asked:
+        encoder.recompute = 0
+        return whole
+    while found.fits and many - few > 1:
+        encoder.recompute = (few + many) // 2
+        tried = plan()
+        if tried.fits:
+            many, found = encoder.recompute, tried
+        else:
+            few = encoder.recompute
+    encoder.recompute = many
+    return found

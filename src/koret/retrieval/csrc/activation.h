@@ -43,7 +43,7 @@ pass(const Numbers *all, long first, long count, void (*const step)(const number
 {
     const number *x = (const number *)all->x + first;
     number *y = (number *)all->y + first;
-    slope *slopes = (slope *)all->slopes + first;
+    slope *slopes = (slope *)all->kept + first;
     const long whole = count / LANES * LANES, left = count - whole;
     for (long i = 0; i < whole; i += LANES)
         step(x + i, y + i, slopes + i);

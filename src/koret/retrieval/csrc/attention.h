@@ -177,9 +177,9 @@ count_bytes(const Task *task)
 }
 
 INLINE float
-invert_root(long size)
+invert_root(float x)
 {
-    return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)size)));
+    return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
 }
 
 TARGET static void

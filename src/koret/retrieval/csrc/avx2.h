@@ -4,6 +4,7 @@
 
 typedef __m256 floats;
 enum { LANES = 8, TILE_SUMS = 8 };
+typedef uint32_t integers __attribute__((vector_size(4 * LANES)));
 
 #define load(from) _mm256_load_ps(from)
 #define store(to, x) _mm256_store_ps(to, x)
@@ -50,4 +51,23 @@ INLINE floats
 choose_by_sign(floats x, floats negative, floats positive)
 {
     return _mm256_blendv_ps(positive, negative, x);
+}
+
+typedef uint8_t lane_bits; /* one for each lane */
+
+/* Draws are of 16 bits: as signed numbers they compare alike. */
+INLINE lane_bits
+find_kept(integers draws, uint32_t least)
+{
+    const __m256i kept = _mm256_cmpgt_epi32((__m256i)draws, _mm256_set1_epi32((int)least - 1));
+    return (lane_bits)_mm256_movemask_ps(_mm256_castsi256_ps(kept));
+}
+
+/* x where its bit is set, else 0. */
+INLINE floats
+keep_by_bits(floats x, lane_bits kept)
+{
+    const __m256i own = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(kept), own);
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, own)));
 }

@@ -4,6 +4,7 @@
 
 typedef __m512 floats;
 enum { LANES = 16, TILE_SUMS = 16 };
+typedef uint32_t integers __attribute__((vector_size(4 * LANES)));
 
 #define load(from) _mm512_load_ps(from)
 #define store(to, x) _mm512_store_ps(to, x)
@@ -36,4 +37,19 @@ supports_avx512(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+
+typedef uint16_t lane_bits; /* one for each lane */
+
+INLINE lane_bits
+find_kept(integers draws, uint32_t least)
+{
+    return (lane_bits)_mm512_cmpge_epu32_mask((__m512i)draws, _mm512_set1_epi32((int)least));
+}
+
+/* x where its bit is set, else 0. */
+INLINE floats
+keep_by_bits(floats x, lane_bits kept)
+{
+    return _mm512_maskz_mov_ps((__mmask16)kept, x);
 }

@@ -93,6 +93,7 @@ read_slopes(const slope *from)
 #include "attention.h"
 #include "activation.h"
 #include "dropout.h"
+#include "norm.h"
 
 static int
 is_supported(void)
@@ -101,7 +102,7 @@ is_supported(void)
 }
 
 const Kernel koret_bfloat16_avx512 = {
-    "bfloat16, AVX-512", is_supported, count_bytes, run, sizeof(slope), activate, descend, drop,
+    "bfloat16, AVX-512", is_supported, count_bytes, run, sizeof(slope), activate, descend, draw, drop, normalize, descend_norm,
 };
 
 #endif

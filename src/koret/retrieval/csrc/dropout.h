@@ -1,11 +1,10 @@
-/* Dropout by numbers that are a function of a seed and a place, so that no mask is kept: the backward pass draws them
- * again. They are Philox4x32-10's (Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3): a block number and
- * a key of 64 bits each give four words, and a word is two draws of 16 bits. Of 128 places, which share 16 blocks, place
+/* Dropout by numbers that are a function of a seed and a place; of each, one bit is kept: whether its number stays.
+ * They are Philox4x32-10's (Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3): a block number and a key
+ * of 64 bits each give four words, and a word is two draws of 16 bits. Of 128 places, which share 16 blocks, place
  * 32 w + 16 h + b takes half h (low, high) of word w of block b, whatever the width of a register. */
 
 enum { ROUNDS = 10, BLOCKS = 16, WORDS = 4, DRAWS = 2 * WORDS * BLOCKS };
 
-typedef uint32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint64_t products __attribute__((vector_size(4 * LANES)));
 
 /* x * factor in each lane: its upper and its lower word. */
@@ -42,40 +41,53 @@ draw_words(uint64_t seed, uint64_t first, integers words[WORDS])
     words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
 }
 
-/* x * factor where the draw is at least `least`, else 0. */
-INLINE floats
-keep_lanes(floats x, float factor, integers draws, uint32_t least)
+/* From place `first` on, a multiple of DRAWS: the draws of LANES places to their bits. */
+INLINE void
+write_bits(uint8_t *bits, long place, integers draws, uint32_t least)
 {
-    const integers kept = (integers)(draws >= least);
-    return (floats)((integers)(x * fill(factor)) & kept);
+    const lane_bits kept = find_kept(draws, least);
+    memcpy(bits + place / 8, &kept, sizeof(kept));
 }
 
-/* From place `first` on, a multiple of DRAWS. */
+/* x * factor where the bit of its place is set, else 0. */
+INLINE floats
+keep_lanes(floats x, float factor, const uint8_t *bits, long place)
+{
+    lane_bits kept;
+    memcpy(&kept, bits + place / 8, sizeof(kept));
+    return keep_by_bits(x * fill(factor), kept);
+}
+
+/* Bits of `count` places from place `first` on, a multiple of DRAWS. The last ones stand for no number: there is memory
+ * for a whole number of DRAWS. */
+TARGET static void
+draw(const Numbers *all, long first, long count)
+{
+    integers words[WORDS];
+    for (long at = first; at < first + count; at += DRAWS)
+        for (int b = 0; b < BLOCKS; b += LANES) {
+            draw_words(all->seed, (uint64_t)at / DRAWS * BLOCKS + b, words);
+#pragma GCC unroll 4
+            for (int w = 0; w < WORDS; w++) {
+                const long low = at + 2 * BLOCKS * w + b, high = low + BLOCKS;
+                write_bits(all->kept, low, words[w] & 0xffff, all->least);
+                write_bits(all->kept, high, words[w] >> 16, all->least);
+            }
+        }
+}
+
 TARGET static void
 drop(const Numbers *all, long first, long count)
 {
     const number *x = (const number *)all->x + first;
     number *y = (number *)all->y + first;
-    integers words[WORDS];
-    for (long at = 0; at < count; at += DRAWS) {
-        number rest[DRAWS] = {0};
-        const long there = count - at < DRAWS ? count - at : DRAWS;
-        const number *in = x + at;
-        number *out = y + at;
-        if (there < DRAWS) {
-            memcpy(rest, in, there * sizeof(number));
-            in = out = rest;
-        }
-        for (int b = 0; b < BLOCKS; b += LANES) {
-            draw_words(all->seed, (uint64_t)(first + at) / DRAWS * BLOCKS + b, words);
-#pragma GCC unroll 4
-            for (int w = 0; w < WORDS; w++) {
-                const long low = 2 * BLOCKS * w + b, high = low + BLOCKS;
-                write_lanes(out + low, keep_lanes(read_lanes(in + low), all->factor, words[w] & 0xffff, all->least));
-                write_lanes(out + high, keep_lanes(read_lanes(in + high), all->factor, words[w] >> 16, all->least));
-            }
-        }
-        if (there < DRAWS)
-            memcpy(y + at, rest, there * sizeof(number));
+    const long whole = count / LANES * LANES, left = count - whole;
+    for (long i = 0; i < whole; i += LANES)
+        write_lanes(y + i, keep_lanes(read_lanes(x + i), all->factor, all->kept, first + i));
+    if (left) {
+        number rest[LANES] = {0};
+        memcpy(rest, x + whole, left * sizeof(number));
+        write_lanes(rest, keep_lanes(read_lanes(rest), all->factor, all->kept, first + whole));
+        memcpy(y + whole, rest, left * sizeof(number));
     }
 }

@@ -15,6 +15,7 @@
 #include "attention.h"
 #include "activation.h"
 #include "dropout.h"
+#include "norm.h"
 
 static int
 is_supported(void)
@@ -23,7 +24,7 @@ is_supported(void)
 }
 
 const Kernel koret_float32_avx2 = {
-    "float32, AVX2", is_supported, count_bytes, run, sizeof(slope), activate, descend, drop,
+    "float32, AVX2", is_supported, count_bytes, run, sizeof(slope), activate, descend, draw, drop, normalize, descend_norm,
 };
 
 #endif

@@ -15,9 +15,10 @@
 #include "attention.h"
 #include "activation.h"
 #include "dropout.h"
+#include "norm.h"
 
 const Kernel koret_float32_avx512 = {
-    "float32, AVX-512", supports_avx512, count_bytes, run, sizeof(slope), activate, descend, drop,
+    "float32, AVX-512", supports_avx512, count_bytes, run, sizeof(slope), activate, descend, draw, drop, normalize, descend_norm,
 };
 
 #endif

@@ -1,4 +1,4 @@
-/* What koret.retrieval.compiled calls: attention within each of many texts, GELU and dropout,
+/* What koret.retrieval.compiled calls: attention within each of many texts, norms, GELU and dropout,
  * forward and backward.
  *
  * T tokens of N texts stand one behind the other. Each has 3 H heads of D numbers, those of its query, its key and its
@@ -23,13 +23,28 @@ typedef struct {
 
 /* What a pass over numbers reads and writes, from address to address; a kernel takes some of it. */
 typedef struct {
-    void *x, *y, *slopes;
+    void *x, *y;
+    void *kept; /* slopes, or a bit for each place */
     uint64_t seed;
     uint32_t least;
     float factor;
 } Numbers;
 
 typedef void Pass(const Numbers *, long first, long count);
+
+/* Rows of `width` numbers before and behind a norm, and gradients of them. What may be NULL is left out. */
+typedef struct {
+    const void *x, *other; /* the row is x + other; other may be NULL */
+    void *total;           /* that sum, where there is another */
+    void *y;               /* the norm of the row; the gradient of the row, maybe in place of x */
+    float *statistics;     /* mean and 1 / deviation of every row */
+    const float *weight, *bias;
+    const void *added[2];  /* of the norm: gradients beside x, each may be NULL */
+    long width;
+    float epsilon; /* less than 0: the statistics are given */
+} Rows;
+
+typedef void RowPass(const Rows *, long first, long count);
 
 typedef struct {
     const char *name;                              /* the type of the numbers and what the processor has to have */
@@ -39,7 +54,10 @@ typedef struct {
     size_t slope_bytes;                            /* of one slope of GELU, in the form that it is kept in */
     Pass *activate;                                /* x -> GELU of x in y, maybe the same place, and its slopes */
     Pass *descend;                                 /* x -> x times the slopes, in y */
-    Pass *drop;                                    /* x -> x times factor, or 0 where the draw is less, in y */
+    Pass *draw;                                    /* whether the draw of each place is not less than least, in bits */
+    Pass *drop;                                    /* x -> x times factor, or 0 where the bit is not set, in y */
+    RowPass *normalize;                            /* x (+ other) -> total, statistics, y */
+    RowPass *descend_norm;                         /* x + added, gradients of y -> gradients of total, in y */
 } Kernel;
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -7,7 +7,7 @@
 
 #include "kernel.h"
 
-#define VERSION 3 /* compiled.py asks for this one: raise both whenever a call or a result changes */
+#define VERSION 4 /* compiled.py asks for this one: raise both whenever a call or a result changes */
 
 static const Kernel *const kernels[] = {
 #ifdef KORET_HAS_KERNELS
@@ -69,8 +69,9 @@ find_kernel(const char *name)
 }
 
 PyDoc_STRVAR(attend_doc,
-"attend(kernel, qkv, gradient, result, bounds, texts, longest, heads, size, threads)\n\n"
-"Attention within each text, by the kernel of this name. The next four are addresses: see Task in kernel.h.\n"
+"attend(kernel, qkv, gradient, result, bounds, tokens, texts, longest, heads, size, threads) -> bool\n\n"
+"Attention within each text, by the kernel of this name. The next four are addresses: see Task in kernel.h. False, and\n"
+"nothing is computed, where the bounds are not those of texts of at most longest of so many tokens.\n"
 "Raises ValueError for a kernel there is not, MemoryError.");
 
 static PyObject *
@@ -78,10 +79,10 @@ attend(PyObject *module, PyObject *args)
 {
     const char *name;
     unsigned long long qkv, gradient, result, bounds;
-    long texts, longest, heads, size;
+    long tokens, texts, longest, heads, size;
     int threads;
-    if (!PyArg_ParseTuple(args, "sKKKKlllli", &name, &qkv, &gradient, &result, &bounds, &texts, &longest, &heads, &size,
-                          &threads))
+    if (!PyArg_ParseTuple(args, "sKKKKllllli", &name, &qkv, &gradient, &result, &bounds, &tokens, &texts, &longest,
+                          &heads, &size, &threads))
         return NULL;
     const Kernel *kernel = find_kernel(name);
     if (!kernel)
@@ -95,13 +96,18 @@ attend(PyObject *module, PyObject *args)
         .size = size,
         .longest = longest,
     };
+    if (task.bounds[0] < 0 || task.bounds[texts] > tokens)
+        Py_RETURN_FALSE;
+    for (long text = 0; text < texts; text++)
+        if (task.bounds[text + 1] < task.bounds[text] || task.bounds[text + 1] - task.bounds[text] > longest)
+            Py_RETURN_FALSE;
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = run_units(kernel, &task, texts * heads, threads);
     Py_END_ALLOW_THREADS
     if (failed)
         return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
 }
 
 enum { PIECE = 4096 }; /* numbers that a thread takes at a time: a multiple of dropout's places */
@@ -111,12 +117,12 @@ static PyObject *
 run_pass(PyObject *args, size_t place)
 {
     const char *name;
-    unsigned long long x, y, slopes, seed = 0;
+    unsigned long long x, y, kept, seed = 0;
     unsigned int least = 0;
     float factor = 1;
     long count;
     int threads;
-    if (!PyArg_ParseTuple(args, "sKKKli|KIf", &name, &x, &y, &slopes, &count, &threads, &seed, &least, &factor))
+    if (!PyArg_ParseTuple(args, "sKKKli|KIf", &name, &x, &y, &kept, &count, &threads, &seed, &least, &factor))
         return NULL;
     const Kernel *kernel = find_kernel(name);
     if (!kernel)
@@ -125,7 +131,7 @@ run_pass(PyObject *args, size_t place)
     const Numbers numbers = {
         .x = (void *)(uintptr_t)x,
         .y = (void *)(uintptr_t)y,
-        .slopes = (void *)(uintptr_t)slopes,
+        .kept = (void *)(uintptr_t)kept,
         .seed = seed,
         .least = least,
         .factor = factor,
@@ -160,15 +166,83 @@ descend(PyObject *module, PyObject *args)
     return run_pass(args, offsetof(Kernel, descend));
 }
 
+PyDoc_STRVAR(draw_doc,
+"draw(kernel, 0, 0, kept, count, threads, seed, least)\n\n"
+"For each of count places whether its draw, of 0 to 65535 by seed and place, is at least least: a bit at the address\n"
+"kept, where there is memory for a multiple of 128 of them. Raises ValueError for a kernel there is not.");
+
+static PyObject *
+draw(PyObject *module, PyObject *args)
+{
+    return run_pass(args, offsetof(Kernel, draw));
+}
+
 PyDoc_STRVAR(drop_doc,
-"drop(kernel, x, y, 0, count, threads, seed, least, factor)\n\n"
-"Each of count numbers at the address x times factor, or 0 where its draw, of 0 to 65535 by seed and place, is less\n"
-"than least: to y, which may be the same. Raises ValueError for a kernel there is not.");
+"drop(kernel, x, y, kept, count, threads, 0, 0, factor)\n\n"
+"Each of count numbers at the address x times factor, or 0 where its bit, of those that draw wrote, is not set: to y,\n"
+"which may be the same. Raises ValueError for a kernel there is not.");
 
 static PyObject *
 drop(PyObject *module, PyObject *args)
 {
     return run_pass(args, offsetof(Kernel, drop));
+}
+
+enum { SOME_ROWS = 16 }; /* that a thread takes at a time */
+
+/* A pass over rows, the one that is kept `place` bytes behind the start of a Kernel. */
+static PyObject *
+run_rows(PyObject *args, size_t place)
+{
+    const char *name;
+    unsigned long long x, other, total, y, statistics, weight, bias, added[2];
+    long count;
+    int threads;
+    Rows rows;
+    if (!PyArg_ParseTuple(args, "sKKKKKKKKKllfi", &name, &x, &other, &total, &y, &statistics, &weight, &bias, &added[0],
+                          &added[1], &count, &rows.width, &rows.epsilon, &threads))
+        return NULL;
+    const Kernel *kernel = find_kernel(name);
+    if (!kernel)
+        return NULL;
+    RowPass *const pass = *(RowPass *const *)((const char *)kernel + place);
+    rows.x = (const void *)(uintptr_t)x;
+    rows.other = (const void *)(uintptr_t)other;
+    rows.total = (void *)(uintptr_t)total;
+    rows.y = (void *)(uintptr_t)y;
+    rows.statistics = (float *)(uintptr_t)statistics;
+    rows.weight = (const float *)(uintptr_t)weight;
+    rows.bias = (const float *)(uintptr_t)bias;
+    rows.added[0] = (const void *)(uintptr_t)added[0];
+    rows.added[1] = (const void *)(uintptr_t)added[1];
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long at = 0; at < count; at += SOME_ROWS)
+        pass(&rows, at, count - at < SOME_ROWS ? count - at : SOME_ROWS);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(normalize_doc,
+"normalize(kernel, x, other, total, y, statistics, weight, bias, 0, 0, rows, width, epsilon, threads)\n\n"
+"The norm of rows at the address x, to y, and their statistics. Where there is another, to total the sum, whose norm it\n"
+"is. epsilon less than 0: the statistics are given. Raises ValueError for a kernel there is not.");
+
+static PyObject *
+normalize(PyObject *module, PyObject *args)
+{
+    return run_rows(args, offsetof(Kernel, normalize));
+}
+
+PyDoc_STRVAR(descend_norm_doc,
+"descend_norm(kernel, x, 0, total, y, statistics, weight, 0, added, added, rows, width, 0, threads)\n\n"
+"From gradients of the norm, whose sum counts, those of total: to y, which may be x. Without weight no norm is taken\n"
+"back: y is the sum. Raises ValueError for a kernel there is not.");
+
+static PyObject *
+descend_norm(PyObject *module, PyObject *args)
+{
+    return run_rows(args, offsetof(Kernel, descend_norm));
 }
 
 PyDoc_STRVAR(count_slope_bytes_doc,
@@ -189,7 +263,10 @@ static PyMethodDef methods[] = {
     {"count_slope_bytes", count_slope_bytes, METH_O, count_slope_bytes_doc},
     {"activate", activate, METH_VARARGS, activate_doc},
     {"descend", descend, METH_VARARGS, descend_doc},
+    {"draw", draw, METH_VARARGS, draw_doc},
     {"drop", drop, METH_VARARGS, drop_doc},
+    {"normalize", normalize, METH_VARARGS, normalize_doc},
+    {"descend_norm", descend_norm, METH_VARARGS, descend_norm_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -204,7 +281,7 @@ static PyModuleDef_Slot steps[] = {{Py_mod_exec, start_module}, {0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_kernels",
-    .m_doc = "Attention within each of many texts, GELU and dropout; see koret.retrieval.compiled.",
+    .m_doc = "Attention within each of many texts, norms, GELU and dropout; see koret.retrieval.compiled.",
     .m_methods = methods,
     .m_slots = steps,
 };
