@@ -158,12 +158,13 @@ def test_writes_no_byte_beside_its_result_and_reads_none_beside_its_texts(name):
             texts = describe(name, lengths)
             for given, width in ((None, HEADS * size), (framed[1], 3 * HEADS * size)):
                 result = torch.full((len(qkv) + 64, width), 7.0, dtype=qkv.dtype)
-                load_kernels().attend(
+                assert load_kernels().attend(
                     name,
                     framed[0][32:].data_ptr(),
                     0 if given is None else given[32:].data_ptr(),
                     result[32:].data_ptr(),
                     texts.bounds.data_ptr(),
+                    len(qkv),
                     len(lengths),
                     max(lengths),
                     HEADS,
@@ -650,7 +651,7 @@ def test_a_name_that_is_no_kernel_is_refused():
     if load_kernels() is None:
         pytest.skip("koret.retrieval._kernels is not built, or switched off")
     with pytest.raises(ValueError, match="this processor has no kernel 'float16, SSE'"):
-        load_kernels().attend("float16, SSE", 0, 0, 0, 0, 0, 0, 1, 16, 1)
+        load_kernels().attend("float16, SSE", 0, 0, 0, 0, 0, 0, 0, 1, 16, 1)
 
 
 @EVERY_KERNEL

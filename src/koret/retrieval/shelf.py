@@ -22,18 +22,18 @@ class Shelf:
 
     def __init__(self, memory: np.ndarray) -> None:
         """``memory``: bytes, which every tensor on it holds on to."""
-        self._memory, self._at = torch.from_numpy(memory), -memory.ctypes.data % LINE
+        self._memory, self._at, self._end = torch.from_numpy(memory), -memory.ctypes.data % LINE, len(memory)
+        self._storage = self._memory.untyped_storage()
 
     def take(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of this size, not initialised, at a cache line; of other memory where the shelf is full."""
-        place = torch.empty(0, dtype=dtype)  # not a view: what is written to one says nothing of the others
-        number, at = place.element_size(), self._at
+        number, at = dtype.itemsize, self._at
         end = at + math.prod(size) * number
-        if end > len(self._memory):
+        if end > self._end:
             return torch.empty(size, dtype=dtype)
         self._at = end + -(end - at) % LINE
-        stride = torch.empty(size, device="meta").stride()
-        return place.set_(self._memory.untyped_storage(), at // number, size, stride)
+        place = torch.empty(0, dtype=dtype)  # not a view: what is written to one says nothing of the others
+        return place.set_(self._storage, at // number, size, [math.prod(size[n:]) for n in range(1, len(size) + 1)])
 
 
 class ShelfStore:
