@@ -31,15 +31,15 @@ attend(const Kernel *kernel, int bytes, int size, int most)
         bounds[t + 1] = bounds[t] + length;
         longest = length > longest ? length : longest;
     }
-    const long count = (long)bounds[texts] * heads * size;
+    const long count = (long)bounds[texts] * heads * size, units = (long)texts * heads;
     void *qkv = draw(3 * count, bytes), *gradient = draw(count, bytes);
     for (int backward = 0; backward < 2; backward++) {
         void *result = malloc((backward ? 3 : 1) * count * bytes);
-        const Task task = {qkv, backward ? gradient : NULL, result, bounds, heads, size, longest};
+        const Task task = {qkv, backward ? gradient : NULL, result, bounds, heads, size, longest, units};
         const size_t needed = (kernel->count_bytes(&task) + 63) / 64 * 64;
         void *memory = aligned_alloc(64, needed);
         memset(memory, 0xff, needed); /* NaN: what is read before it was written shows */
-        for (long unit = 0; unit < (long)texts * heads; unit++)
+        for (long unit = 0; unit < units; unit++)
             kernel->run(&task, unit, memory);
         for (long i = 0; i < (backward ? 3 : 1) * count; i++) {
             unsigned bits = 0;

@@ -15,8 +15,10 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { KEYS = 16, ROWS = 8, BLOCK = 32 /* rows whose P and dS are kept for dV and dK */ };
-enum { FEW = 16 /* numbers copied at a time: heads have a multiple of them */ };
+enum { KEYS = 16, ROWS = 8, TOGETHER = 4 /* rows of softmax */ };
+enum { BLOCK = 32 /* rows whose P and dS are kept for dV and dK */ };
+
+#include "packing.h"
 
 static inline long
 round_up(long n, long step)
@@ -24,10 +26,11 @@ round_up(long n, long step)
     return (n + step - 1) / step * step;
 }
 
-/* c (rows x columns registers) = a b, or c += a b. Rows of a lie `row` words apart, the words of one `step`. */
+/* c (rows x columns registers) = a b, or c += a b. Rows of a lie `row` words apart, the words of one `step`; registers
+ * of b that are below each other lie `b_row` words apart, and those beside each other `b_column`. */
 INLINE void
 multiply_tile(const int rows, const int columns, long words, const word *a, long row, long step, const word *b,
-              long b_row, float *c, long c_row, const int adds)
+              long b_row, long b_column, float *c, long c_row, const int adds)
 {
     floats sums[ROWS][4];
 #pragma GCC unroll 8
@@ -39,7 +42,7 @@ multiply_tile(const int rows, const int columns, long words, const word *a, long
         words_of b_words[4];
 #pragma GCC unroll 4
         for (int v = 0; v < columns; v++)
-            b_words[v] = load_words(b + w * b_row + v * LANES);
+            b_words[v] = load_words(b + w * b_row + v * b_column);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const words_of a_word = fill_words(a[r * row + w * step]);
@@ -55,81 +58,92 @@ multiply_tile(const int rows, const int columns, long words, const word *a, long
             store(c + r * c_row + v * LANES, sums[r][v]);
 }
 
+/* A column of tiles, `columns` registers wide: as many rows in each as there are sums. */
+#define MULTIPLY_COLUMN(tile_rows, columns) \
+    for (long r = 0; r < rows; r += tile_rows) \
+        multiply_tile(tile_rows, columns, words, a + r * row, row, step, b + at / LANES * b_column, b_row, b_column, \
+                      c + r * c_row + at, c_row, adds)
+
 /* c (rows, columns) = a b, or c += a b: rows a multiple of ROWS, columns of KEYS. */
 INLINE void
-multiply(long rows, long columns, long words, const word *a, long row, long step, const word *b, long b_row, float *c,
-         long c_row, const int adds)
+multiply(long rows, long columns, long words, const word *a, long row, long step, const word *b, long b_row,
+         long b_column, float *c, long c_row, const int adds)
 {
     long at = 0;
-    if (TILE_SUMS >= 16)
+    if (TILE_SUMS >= 16) {
         for (; at + 4 * LANES <= columns; at += 4 * LANES)
-            for (long r = 0; r < rows; r += 4)
-                multiply_tile(4, 4, words, a + r * row, row, step, b + at, b_row, c + r * c_row + at, c_row, adds);
+            MULTIPLY_COLUMN(4, 4);
+        if (at + 3 * LANES == columns) {
+            MULTIPLY_COLUMN(4, 3);
+            return;
+        }
+    }
     for (; at + 2 * LANES <= columns; at += 2 * LANES)
-        for (long r = 0; r < rows; r += TILE_SUMS / 2)
-            multiply_tile(TILE_SUMS / 2, 2, words, a + r * row, row, step, b + at, b_row, c + r * c_row + at, c_row,
-                          adds);
+        MULTIPLY_COLUMN(TILE_SUMS / 2, 2);
     for (; at < columns; at += LANES)
-        for (long r = 0; r < rows; r += ROWS)
-            multiply_tile(ROWS, 1, words, a + r * row, row, step, b + at, b_row, c + r * c_row + at, c_row, adds);
+        MULTIPLY_COLUMN(ROWS, 1);
 }
 
-/* n rows of `size` numbers, `step` apart -> one behind the other; zeros behind them. */
+/* Of TOGETHER rows of n scores: what is added to each, times factor, so that the largest becomes 0. */
 INLINE void
-copy_rows(const number *x, long step, long n, long padded, long size, word *out)
+find_shifts(const float *scores, long n, long keys, float factor, floats *shifts)
 {
-    number *to = (number *)out;
-    for (long r = 0; r < n; r++)
-        for (long d = 0; d < size; d += FEW)
-            memcpy(to + r * size + d, x + r * step + d, FEW * sizeof(number));
-    for (long d = n * size; d < padded * size; d += FEW)
-        memset(to + d, 0, FEW * sizeof(number));
+    floats tops[TOGETHER];
+    long k = 0;
+    for (int i = 0; i < TOGETHER; i++)
+        tops[i] = fill(-3e38f);
+    for (; k + LANES <= n; k += LANES)
+        for (int i = 0; i < TOGETHER; i++)
+            tops[i] = largest(tops[i], load(scores + i * keys + k));
+    for (; k < n; k += LANES)
+        for (int i = 0; i < TOGETHER; i++)
+            tops[i] = largest(tops[i], replace_lanes(load(scores + i * keys + k), n - k, fill(-3e38f)));
+    for (int i = 0; i < TOGETHER; i++)
+        shifts[i] = fill(-find_largest(tops[i]) * factor);
 }
 
-/* The same -> (size / PER_WORD, padded) words: the numbers of a row stand below each other. */
+/* One register of each of TOGETHER rows, in which `there` keys (maybe all) are no padding: see soften_rows. */
 INLINE void
-pack_across(const number *x, long step, long n, long padded, long size, word *out)
+soften_keys(float *scores, const float *gradients, const int backward, long keys, long k, long there,
+            floats scale, const floats *shifts, floats *sums, floats *dots)
 {
-    for (long w = 0; w < size / PER_WORD; w++) {
-        for (long r = 0; r < n; r++)
-            memcpy(out + w * padded + r, x + r * step + w * PER_WORD, sizeof(word));
-        for (long r = n; r < padded; r++)
-            out[w * padded + r] = 0;
+    floats e[TOGETHER];
+    for (long i = 0; i < TOGETHER; i++) {
+        e[i] = exponentiate(add_product(load(scores + i * keys + k), scale, shifts[i]));
+        if (there < LANES)
+            e[i] = replace_lanes(e[i], there, fill(0));
+        sums[i] += e[i];
+        if (backward) {
+            dots[i] = add_product(e[i], load(gradients + i * keys + k), dots[i]);
+            store(scores + i * keys + k, e[i]);
+        }
     }
+    if (!backward)
+        for (long i = 0; i < TOGETHER; i += PER_WORD)
+            write_rows(round_rows(e + i), (number *)(scores + i * keys) + k, keys * PER_WORD);
 }
 
-/* The same -> (padded / PER_WORD, size) words, each with the numbers of PER_WORD rows at one place. */
+/* TOGETHER rows of n scores -> e^(factor (score - largest)), 0 for padded keys, and their sums. factor counts in powers
+ * of two: it holds the scale and log2(e). Forward they become numbers, each row where it began; backward they stay
+ * floats, and dots are the sums of their products with gradients. One row alone would wait for its own sums. */
 INLINE void
-pack_along(const number *x, long step, long n, long padded, long size, word *out)
+soften_rows(float *scores, const float *gradients, const int backward, long n, long keys, float factor, float *sums,
+            float *dots)
 {
-    for (long r = 0; r < padded; r += PER_WORD)
-        join_numbers(x + r * step, step, n - r, size, out + r / PER_WORD * size);
-}
-
-/* A row of n scores -> e^(factor (score - largest)), 0 for padded keys; returns their sum. factor counts in powers of
- * two: it holds the scale and log2(e). */
-INLINE float
-exponentiate_row(float *row, long n, long padded, float factor)
-{
-    const long full = n / LANES * LANES; /* keys before the first register with padding */
-    floats top = fill(-3e38f), sum = fill(0);
-    for (long k = 0; k < full; k += LANES)
-        top = largest(top, load(row + k));
-    for (long k = full; k < n; k += LANES)
-        top = largest(top, replace_lanes(load(row + k), n - k, fill(-3e38f)));
-    const floats scale = fill(factor), shift = fill(-find_largest(top) * factor);
-    for (long k = 0; k < full; k += LANES) {
-        const floats e = exponentiate(add_product(load(row + k), scale, shift));
-        store(row + k, e);
-        sum += e;
+    floats shifts[TOGETHER], lane_sums[TOGETHER], lane_dots[TOGETHER];
+    long k = 0;
+    find_shifts(scores, n, keys, factor, shifts);
+    for (int i = 0; i < TOGETHER; i++)
+        lane_sums[i] = lane_dots[i] = fill(0);
+    for (; k + LANES <= n; k += LANES)
+        soften_keys(scores, gradients, backward, keys, k, LANES, fill(factor), shifts, lane_sums, lane_dots);
+    for (; k < keys; k += LANES)
+        soften_keys(scores, gradients, backward, keys, k, n - k, fill(factor), shifts, lane_sums, lane_dots);
+    for (int i = 0; i < TOGETHER; i++) {
+        sums[i] = add_lanes(lane_sums[i]);
+        if (backward)
+            dots[i] = add_lanes(lane_dots[i]);
     }
-    for (long k = full; k < padded; k += LANES) {
-        const floats e = exponentiate(add_product(load(row + k), scale, shift));
-        const floats kept = replace_lanes(e, n - k, fill(0));
-        store(row + k, kept);
-        sum += kept;
-    }
-    return add_lanes(sum);
 }
 
 INLINE void
@@ -139,20 +153,30 @@ write_row(const float *row, long size, float factor, number *out)
         write_lanes(out + d, load(row + d) * fill(factor));
 }
 
-/* P and dS of one row: scores -> P, gradients of P -> dS, before the scale. */
+/* TOGETHER rows of scores and of gradients of P -> words of P and dS for dV and dK, and dS as rows of numbers in place
+ * of the gradients, before the scale. */
 INLINE void
-differentiate_row(float *scores, float *gradients, long n, long padded, float factor)
+differentiate_rows(float *scores, float *gradients, long n, long keys, float factor, word *p_along, word *ds_along)
 {
-    const floats share = fill(1 / exponentiate_row(scores, n, padded, factor));
-    floats sum = fill(0);
-    for (long k = 0; k < padded; k += LANES) {
-        const floats p = load(scores + k) * share;
-        store(scores + k, p);
-        sum = add_product(p, load(gradients + k), sum);
+    float sums[TOGETHER], dots[TOGETHER];
+    floats shares[TOGETHER], means[TOGETHER];
+    soften_rows(scores, gradients, 1, n, keys, factor, sums, dots);
+    for (int i = 0; i < TOGETHER; i++) {
+        shares[i] = fill(1 / sums[i]);
+        means[i] = fill(dots[i] / sums[i]);
     }
-    const floats mean = fill(add_lanes(sum));
-    for (long k = 0; k < padded; k += LANES)
-        store(gradients + k, load(scores + k) * (load(gradients + k) - mean));
+    for (long i = 0; i < TOGETHER; i += PER_WORD)
+        for (long k = 0; k < keys; k += LANES) {
+            floats p[PER_WORD], ds[PER_WORD];
+            for (long j = 0; j < PER_WORD; j++) {
+                p[j] = load(scores + (i + j) * keys + k) * shares[i + j];
+                ds[j] = p[j] * (load(gradients + (i + j) * keys + k) - means[i + j]);
+            }
+            const rounded ds_numbers = round_rows(ds);
+            write_words(round_rows(p), p_along + i / PER_WORD * keys + k);
+            write_words(ds_numbers, ds_along + i / PER_WORD * keys + k);
+            write_rows(ds_numbers, (number *)(gradients + i * keys) + k, keys * PER_WORD);
+        }
 }
 
 /* The next piece of a unit's memory, for so many values. */
@@ -171,8 +195,8 @@ static size_t
 count_bytes(const Task *task)
 {
     const size_t keys = round_up(task->longest, KEYS), size = task->size;
-    const size_t forward = 2 * keys * size + ROWS * (size + 2 * keys + size);
-    const size_t backward = 5 * keys * size + BLOCK * (4 * size + 2 * keys) + ROWS * (3 * keys + size);
+    const size_t forward = 2 * keys * size + ROWS * (2 * size + keys);
+    const size_t backward = 5 * keys * size + BLOCK * (4 * size + 2 * keys) + ROWS * (2 * keys + size);
     return (task->gradient ? backward : forward) * sizeof(float) + 16 * 64;
 }
 
@@ -185,15 +209,13 @@ invert_root(float x)
 TARGET static void
 run_forward(const Task *task, long unit, char *memory)
 {
-    const long size = task->size, width = task->heads * size, step = 3 * width;
-    const long first = task->bounds[unit / task->heads], n = task->bounds[unit / task->heads + 1] - first;
-    const long keys = round_up(n, KEYS), at = unit % task->heads * size, words = size / PER_WORD;
-    const number *x = (const number *)task->qkv + first * step + at;
-    number *out = (number *)task->result + first * width + at;
+    const Place place = find_place(task, unit), next = find_place(task, unit + (unit + 1 < task->units));
+    const long size = task->size, words = size / PER_WORD, width = task->heads * size, step = 3 * width;
+    const long n = place.n, keys = round_up(n, KEYS);
+    const number *x = place.x;
     const float scale = invert_root(size);
     word *k = TAKE(word, keys * words), *v = TAKE(word, keys * words), *q = TAKE(word, ROWS * words);
     float *scores = TAKE(float, ROWS * keys), *mixed = TAKE(float, ROWS * size);
-    number *narrow = TAKE(number, ROWS * keys);
     float sums[ROWS];
 
     pack_across(x + width, step, n, keys, size, k);
@@ -201,25 +223,24 @@ run_forward(const Task *task, long unit, char *memory)
     for (long r = 0; r < n; r += ROWS) {
         const long rows = n - r < ROWS ? n - r : ROWS;
         copy_rows(x + r * step, step, rows, ROWS, size, q);
-        multiply(ROWS, keys, words, q, words, 1, k, keys, scores, keys, 0);
-        for (long i = 0; i < ROWS; i++)
-            sums[i] = exponentiate_row(scores + i * keys, n, keys, scale * LOG2_E);
-        const word *p = round_rows(scores, ROWS * keys, narrow);
-        multiply(ROWS, size, keys / PER_WORD, p, keys / PER_WORD, 1, v, size, mixed, size, 0);
+        multiply(ROWS, keys, words, q, words, 1, k, LANES, words * LANES, scores, keys, 0);
+        for (long i = 0; i < ROWS; i += TOGETHER) {
+            fetch_rows(task, &next, r + i, 0);
+            soften_rows(scores + i * keys, NULL, 0, n, keys, scale * LOG2_E, sums + i, NULL);
+        }
+        multiply(ROWS, size, keys / PER_WORD, (const word *)scores, keys, 1, v, size, LANES, mixed, size, 0);
         for (long i = 0; i < rows; i++)
-            write_row(mixed + i * size, size, 1 / sums[i], out + (r + i) * width);
+            write_row(mixed + i * size, size, 1 / sums[i], place.out + (r + i) * width);
     }
 }
 
 TARGET static void
 run_backward(const Task *task, long unit, char *memory)
 {
-    const long size = task->size, width = task->heads * size, step = 3 * width;
-    const long first = task->bounds[unit / task->heads], n = task->bounds[unit / task->heads + 1] - first;
-    const long keys = round_up(n, KEYS), at = unit % task->heads * size, words = size / PER_WORD;
-    const number *x = (const number *)task->qkv + first * step + at;
-    const number *y = (const number *)task->gradient + first * width + at;
-    number *out = (number *)task->result + first * step + at;
+    const Place place = find_place(task, unit), next = find_place(task, unit + (unit + 1 < task->units));
+    const long size = task->size, words = size / PER_WORD, width = task->heads * size, step = 3 * width;
+    const long n = place.n, keys = round_up(n, KEYS);
+    const number *x = place.x, *y = place.y;
     const float scale = invert_root(size);
     /* K and V across, K along; dK and dV; Q and dO of a block as rows and along, its P and dS along; a few rows */
     word *k = TAKE(word, keys * words), *v = TAKE(word, keys * words), *k_along = TAKE(word, keys * words);
@@ -228,13 +249,10 @@ run_backward(const Task *task, long unit, char *memory)
     word *q_along = TAKE(word, BLOCK * words), *g_along = TAKE(word, BLOCK * words);
     word *p_along = TAKE(word, BLOCK / PER_WORD * keys), *ds_along = TAKE(word, BLOCK / PER_WORD * keys);
     float *scores = TAKE(float, ROWS * keys), *gradients = TAKE(float, ROWS * keys), *dq = TAKE(float, ROWS * size);
-    number *narrow = TAKE(number, ROWS * keys);
 
     pack_across(x + width, step, n, keys, size, k);
     pack_across(x + 2 * width, step, n, keys, size, v);
     pack_along(x + width, step, n, keys, size, k_along);
-    memset(dk, 0, keys * size * sizeof(float));
-    memset(dv, 0, keys * size * sizeof(float));
     for (long b = 0; b < n; b += BLOCK) {
         const long some = n - b < BLOCK ? n - b : BLOCK, rows = round_up(some, ROWS);
         copy_rows(x + b * step, step, some, rows, size, q);
@@ -242,25 +260,23 @@ run_backward(const Task *task, long unit, char *memory)
         pack_along(x + b * step, step, some, rows, size, q_along);
         pack_along(y + b * width, width, some, rows, size, g_along);
         for (long r = 0; r < rows; r += ROWS) {
-            multiply(ROWS, keys, words, q + r * words, words, 1, k, keys, scores, keys, 0);
-            multiply(ROWS, keys, words, g + r * words, words, 1, v, keys, gradients, keys, 0);
-            for (long i = 0; i < ROWS; i++)
-                differentiate_row(scores + i * keys, gradients + i * keys, n, keys, scale * LOG2_E);
-            for (long i = 0; i < ROWS; i += PER_WORD) {
-                join_rows(scores + i * keys, keys, p_along + (r + i) / PER_WORD * keys);
-                join_rows(gradients + i * keys, keys, ds_along + (r + i) / PER_WORD * keys);
+            multiply(ROWS, keys, words, q + r * words, words, 1, k, LANES, words * LANES, scores, keys, 0);
+            multiply(ROWS, keys, words, g + r * words, words, 1, v, LANES, words * LANES, gradients, keys, 0);
+            for (long i = 0; i < ROWS; i += TOGETHER) {
+                fetch_rows(task, &next, b + r + i, 1);
+                differentiate_rows(scores + i * keys, gradients + i * keys, n, keys, scale * LOG2_E,
+                                   p_along + (r + i) / PER_WORD * keys, ds_along + (r + i) / PER_WORD * keys);
             }
-            const word *ds = round_rows(gradients, ROWS * keys, narrow);
-            multiply(ROWS, size, keys / PER_WORD, ds, keys / PER_WORD, 1, k_along, size, dq, size, 0);
+            multiply(ROWS, size, keys / PER_WORD, (const word *)gradients, keys, 1, k_along, size, LANES, dq, size, 0);
             for (long i = 0; i < ROWS && r + i < some; i++)
-                write_row(dq + i * size, size, scale, out + (b + r + i) * step);
+                write_row(dq + i * size, size, scale, place.out + (b + r + i) * step);
         }
-        multiply(keys, size, rows / PER_WORD, p_along, 1, keys, g_along, size, dv, size, 1);
-        multiply(keys, size, rows / PER_WORD, ds_along, 1, keys, q_along, size, dk, size, 1);
+        multiply(keys, size, rows / PER_WORD, p_along, 1, keys, g_along, size, LANES, dv, size, b > 0);
+        multiply(keys, size, rows / PER_WORD, ds_along, 1, keys, q_along, size, LANES, dk, size, b > 0);
     }
     for (long r = 0; r < n; r++) {
-        write_row(dk + r * size, size, scale, out + r * step + width);
-        write_row(dv + r * size, size, 1, out + r * step + 2 * width);
+        write_row(dk + r * size, size, scale, place.out + r * step + width);
+        write_row(dv + r * size, size, 1, place.out + r * step + 2 * width);
     }
 }
 

@@ -46,6 +46,34 @@ replace_lanes(floats x, long count, floats y)
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(lanes, fill((float)count), _CMP_LT_OQ));
 }
 
+/* The first words of 32 bits of many: never fewer than LANES. */
+#define load_first(from, count) ((void)(count), _mm256_loadu_ps(from))
+
+/* Row i, lane j -> row j, lane i. */
+INLINE void
+transpose(floats *x)
+{
+    __m256d pairs[LANES];
+    floats fours[LANES];
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = (__m256d)_mm256_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = (__m256d)_mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = (floats)_mm256_unpacklo_pd(pairs[i + j], pairs[i + 2 + j]);
+            fours[i + 2 * j + 1] = (floats)_mm256_unpackhi_pd(pairs[i + j], pairs[i + 2 + j]);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        x[j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20);
+        x[4 + j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31);
+    }
+}
+
 /* Lanes of one where x has its sign set, of the other where not. */
 INLINE floats
 choose_by_sign(floats x, floats negative, floats positive)

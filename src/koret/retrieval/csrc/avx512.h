@@ -25,6 +25,45 @@ replace_lanes(floats x, long count, floats y)
     return _mm512_mask_blend_ps((__mmask16)kept, y, x);
 }
 
+/* The first `count` words of 32 bits of many, zeros where there are fewer than LANES. */
+INLINE floats
+load_first(const void *from, long count)
+{
+    return count >= LANES ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+
+/* Row i, lane j -> row j, lane i. */
+INLINE void
+transpose(floats *x)
+{
+    __m512d pairs[LANES];
+    floats fours[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = (__m512d)_mm512_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = (__m512d)_mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = (floats)_mm512_unpacklo_pd(pairs[i + j], pairs[i + 2 + j]);
+            fours[i + 2 * j + 1] = (floats)_mm512_unpackhi_pd(pairs[i + j], pairs[i + 2 + j]);
+        }
+    /* fours[4 i + j] holds in its quarter q the lanes 4 q + j of the rows 4 i to 4 i + 3 */
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const floats even_low = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x88);
+        const floats even_high = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x88);
+        const floats odd_low = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xdd);
+        const floats odd_high = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xdd);
+        x[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+        x[4 + j] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+        x[8 + j] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+        x[12 + j] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+}
+
 /* Lanes of one where x has its sign set, of the other where not. */
 INLINE floats
 choose_by_sign(floats x, floats negative, floats positive)

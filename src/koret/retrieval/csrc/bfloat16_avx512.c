@@ -33,29 +33,24 @@ write_lanes(number *to, floats x)
     _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-/* count floats -> numbers, in words. */
-INLINE const word *
-round_rows(const float *rows, long count, number *narrow)
-{
-    for (long i = 0; i < count; i += LANES)
-        _mm256_store_si256((void *)(narrow + i), (__m256i)_mm512_cvtneps_pbh(load(rows + i)));
-    return (const word *)narrow;
-}
+/* Lanes of PER_WORD rows, rounded to numbers: written as those rows, `step` numbers apart, or as words. */
+typedef __m512i rounded;
+#define round_rows(rows) ((__m512i)_mm512_cvtne2ps_pbh((rows)[1], (rows)[0]))
 
-/* 16 words: numbers of one row low, of another high. */
-INLINE __m512i
-join(__m256i low, __m256i high)
-{
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-/* PER_WORD rows of n floats -> n words. */
 INLINE void
-join_rows(const float *rows, long n, word *out)
+write_rows(rounded x, number *to, long step)
 {
-    for (long i = 0; i < n; i += LANES)
-        _mm512_store_si512(out + i, join((__m256i)_mm512_cvtneps_pbh(load(rows + i)),
-                                         (__m256i)_mm512_cvtneps_pbh(load(rows + n + i))));
+    _mm256_storeu_si256((void *)to, _mm512_castsi512_si256(x));
+    _mm256_storeu_si256((void *)(to + step), _mm512_extracti64x4_epi64(x, 1));
+}
+
+INLINE void
+write_words(rounded x, word *to)
+{
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i both = _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16));
+    const __m512i places = _mm512_or_si512(both, _mm512_set1_epi32(16 << 16)); /* the second row: half a register on */
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(places, x));
 }
 
 /* PER_WORD rows of n numbers, of which `there` are (maybe none) and the rest are zeros -> n words. */
@@ -64,8 +59,10 @@ join_numbers(const number *rows, long step, long there, long n, word *out)
 {
     const __m256i none = _mm256_setzero_si256();
     for (long i = 0; i < n; i += LANES)
-        _mm512_store_si512(out + i, join(there > 0 ? _mm256_loadu_si256((const void *)(rows + i)) : none,
-                                         there > 1 ? _mm256_loadu_si256((const void *)(rows + step + i)) : none));
+        write_words(_mm512_inserti64x4(
+                        _mm512_castsi256_si512(there > 0 ? _mm256_loadu_si256((const void *)(rows + i)) : none),
+                        there > 1 ? _mm256_loadu_si256((const void *)(rows + step + i)) : none, 1),
+                    out + i);
 }
 
 /* A slope of GELU, of -0.13 to 1.13, is kept in a byte, in steps of 1 / 200 from -27 / 200 on: 0 and 1 are kept as they

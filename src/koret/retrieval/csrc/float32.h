@@ -23,20 +23,11 @@ write_lanes(number *to, floats x)
     memcpy(to, &x, sizeof(x));
 }
 
-INLINE const word *
-round_rows(const float *rows, long count, number *unused)
-{
-    (void)count, (void)unused;
-    return rows;
-}
-
-/* PER_WORD rows of n floats -> n words. */
-INLINE void
-join_rows(const float *rows, long n, word *out)
-{
-    for (long i = 0; i < n; i += LANES)
-        store(out + i, load(rows + i));
-}
+/* Lanes of PER_WORD rows, rounded to numbers: written as those rows, `step` numbers apart, or as words. */
+typedef floats rounded;
+#define round_rows(rows) (*(rows))
+#define write_rows(x, to, step) write_lanes(to, x)
+#define write_words(x, to) store(to, x)
 
 /* PER_WORD rows of n numbers, of which `there` are (maybe none) and the rest are zeros -> n words. */
 INLINE void

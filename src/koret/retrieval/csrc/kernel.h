@@ -18,7 +18,7 @@ typedef struct {
     const void *gradient; /* (T, H, D) of the output; NULL: forward */
     void *result;         /* (T, H, D) the output, or (T, 3, H, D) the gradient of qkv */
     const int *bounds;    /* (N + 1) where each text begins, and where the last ends */
-    long heads, size, longest;
+    long heads, size, longest, units;
 } Task;
 
 /* What a pass over numbers reads and writes, from address to address; a kernel takes some of it. */

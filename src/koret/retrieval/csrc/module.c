@@ -35,10 +35,14 @@ list_kernels(PyObject *module, PyObject *unused)
     return names;
 }
 
-/* 0, or -1 where there is no memory. The units are dealt out one by one, for texts differ in length. */
+/* 0, or -1 where there is no memory. Units are dealt out a few at a time: texts differ in length, so that every thread
+ * should come back often, but while a unit is worked on the next one is already asked for from memory, and the heads of
+ * one text share the pages that they lie on. */
 static int
-run_units(const Kernel *kernel, const Task *task, long units, int threads)
+run_units(const Kernel *kernel, const Task *task, int threads)
 {
+    const long share = task->units / (8 * (long)threads);
+    const long chunk = share < 1 ? 1 : share < task->heads ? share : task->heads;
     const size_t bytes = (kernel->count_bytes(task) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -48,8 +52,8 @@ run_units(const Kernel *kernel, const Task *task, long units, int threads)
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(dynamic)
-        for (long unit = 0; unit < units; unit++)
+#pragma omp for schedule(dynamic, chunk)
+        for (long unit = 0; unit < task->units; unit++)
             if (memory)
                 kernel->run(task, unit, memory);
         free(memory);
@@ -95,6 +99,7 @@ attend(PyObject *module, PyObject *args)
         .heads = heads,
         .size = size,
         .longest = longest,
+        .units = texts * heads,
     };
     if (task.bounds[0] < 0 || task.bounds[texts] > tokens)
         Py_RETURN_FALSE;
@@ -103,7 +108,7 @@ attend(PyObject *module, PyObject *args)
             Py_RETURN_FALSE;
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = run_units(kernel, &task, texts * heads, threads);
+    failed = run_units(kernel, &task, threads);
     Py_END_ALLOW_THREADS
     if (failed)
         return PyErr_NoMemory();
