@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 
 from koret.data.loader import load_dataset
 from koret.retrieval.encoder import TextEncoder, load_encoder
@@ -74,8 +75,10 @@ def read_texts(encoder: TextEncoder, short: int, long: int) -> dict[str, list[st
 def make_variants(encoder: TextEncoder, folder: Path, threads: int) -> dict[str, tuple[Encode, str]]:
     """Name -> (what encodes prefixed-alike texts, the type its limit is measured in or '')."""
     device = str(encoder.device)
-    plain, packed16 = encoder.model, load_encoder("offline", device=device, precision="bf16", max_seq_length=LENGTH)
-    half = load_encoder("offline", device=device, max_seq_length=LENGTH).model.bfloat16()
+    packed16 = load_encoder("offline", device=device, precision="bf16", max_seq_length=LENGTH)
+    encoder.save(folder / "plain")
+    plain, half = (SentenceTransformer(str(folder / "plain"), device=device) for _ in range(2))
+    half.bfloat16()
 
     def plainly(model) -> Encode:
         return lambda texts: model.encode([f"passage: {text}" for text in texts], show_progress_bar=False)

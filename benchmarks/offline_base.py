@@ -25,6 +25,7 @@ from sentence_transformers import SentenceTransformer
 
 from koret.evaluation.metrics import average, compute_metrics
 from koret.retrieval import offline
+from koret.retrieval.bundle import open_bundle
 from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.exact import find_top_k
 from koret.training.lora import setup_lora_model
@@ -41,7 +42,7 @@ def build_encoder(reading: str, max_seq_length: int) -> TextEncoder:
         steps = [normalizers.Replace(jamo, spelled) for jamo, spelled in offline.SPELLINGS.items()]
         backend.normalizer = normalizers.Sequence([backend.normalizer, *steps])
     if reading == "syllables":
-        offline.add_syllables(model)
+        offline.add_syllables(open_bundle(model))
     model.max_seq_length = max_seq_length
     return TextEncoder(model, name=reading)
 

@@ -23,6 +23,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,10 +39,13 @@ def run_plain_server(model: str, port: int) -> None:
     """The same model behind FastAPI the plain way."""
     import uvicorn
     from fastapi import FastAPI
+    from sentence_transformers import SentenceTransformer
 
     from koret.retrieval.encoder import load_encoder
 
-    loaded = load_encoder(model).model
+    with tempfile.TemporaryDirectory() as folder:
+        load_encoder(model).save(folder)
+        loaded = SentenceTransformer(folder)
 
     app = FastAPI()
 

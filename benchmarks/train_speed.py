@@ -320,6 +320,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
 def write_curves(data: Path, folder: Path, steps: int = 25, batch: int = 16) -> None:
     """Losses of koret and of the peer's model and loss, same batches and adapters: results/train_curves.json."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from koret.retrieval.encoder import load_encoder
@@ -337,9 +338,11 @@ def write_curves(data: Path, folder: Path, steps: int = 25, batch: int = 16) -> 
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         encoders[-1].model.train()
-    ours, theirs = encoders
-    set_peft_model_state_dict(theirs.backbone, get_peft_model_state_dict(ours.backbone))
-    judge, losses = MultipleNegativesRankingLoss(theirs.model), {"koret": [], "sentence-transformers": []}
+    ours, twin = encoders
+    set_peft_model_state_dict(twin.backbone, get_peft_model_state_dict(ours.backbone))
+    theirs = SentenceTransformer(str(folder / "model"), device="cpu").train()
+    theirs[0].model, theirs.max_seq_length = twin.backbone, twin.max_seq_length
+    judge, losses = MultipleNegativesRankingLoss(theirs), {"koret": [], "sentence-transformers": []}
     optimizers = [
         torch.optim.AdamW([p for p in encoder.backbone.parameters() if p.requires_grad], lr=1e-3)
         for encoder in encoders
@@ -357,7 +360,7 @@ def write_curves(data: Path, folder: Path, steps: int = 25, batch: int = 16) -> 
         )  # fmt: skip
         losses["koret"].append(loss.item())
         columns = [[f"query: {q}" for q, _ in step], [f"passage: {text}" for _, text in step]]
-        loss = judge([theirs.model.preprocess(column) for column in columns], None)
+        loss = judge([theirs.preprocess(column) for column in columns], None)
         loss.backward()
         losses["sentence-transformers"].append(loss.item())
         for optimizer in optimizers:

@@ -129,7 +129,7 @@ def test_other_tokenizers_are_refused(tiny):
     from tokenizers import models
     from transformers import PreTrainedTokenizerFast
 
-    tiny.model[0].processor = PreTrainedTokenizerFast(
+    tiny.tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])), unk_token="a", pad_token="b"
     )
     with pytest.raises(ValueError, match="of type BPE; only Unigram and WordPiece"):

@@ -32,10 +32,17 @@ def encoder() -> TextEncoder:
     return load_encoder("offline", max_seq_length=128)
 
 
+@pytest.fixture(scope="module")
+def plain(encoder, tmp_path_factory) -> SentenceTransformer:
+    folder = tmp_path_factory.mktemp("plain")
+    encoder.save(folder)
+    return SentenceTransformer(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize("kind", ["query", "passage"])
-def test_vectors_equal_those_of_sentence_transformers(encoder, kind):
+def test_vectors_equal_those_of_sentence_transformers(encoder, plain, kind):
     prefixed = [f"{kind}: {text}" for text in TEXTS]
-    assert np.allclose(encoder.encode(TEXTS, kind), encoder.model.encode(prefixed), atol=2e-6)
+    assert np.allclose(encoder.encode(TEXTS, kind), plain.encode(prefixed), atol=2e-6)
     assert encoder.path.startswith("padding-free")
 
 
@@ -99,6 +106,11 @@ def test_padded_path_gives_the_same_vectors(encoder):
     slow = TextEncoder(encoder.model, name="slow")
     slow.slow_path_reason = "forced"
     assert np.allclose(slow.encode(TEXTS, "passage"), encoder.encode(TEXTS, "passage"), atol=2e-6)
+
+
+def test_the_plain_embedding_of_a_text_is_that_of_sentence_transformers(encoder, plain):
+    for text in TEXTS:
+        assert np.allclose(encoder.embed_plainly(text).numpy(), plain.encode(text), atol=1e-6)
 
 
 def test_the_path_says_how_a_device_keeps_texts_apart(encoder, monkeypatch):

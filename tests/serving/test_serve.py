@@ -385,6 +385,13 @@ def test_a_fast_path_that_disagrees_is_not_served(encoder, monkeypatch):
         probe_encoder(encoder)
 
 
+def test_a_comparison_that_is_no_number_proves_nothing(encoder, monkeypatch):
+    plainly = encoder.embed_plainly
+    monkeypatch.setattr(encoder, "embed_plainly", lambda text: plainly(text) * np.float32(np.nan))
+    with pytest.raises(RuntimeError, match="only to cosine nan"):
+        probe_encoder(encoder)
+
+
 # ---- the command
 
 

@@ -120,14 +120,17 @@ def test_every_chunk_but_the_last_is_embedded_twice(tiny_model, budget):
 def test_loss_curve_coincides_with_that_of_sentence_transformers(tiny_model):
     """Ten AdamW steps on the same batches from the same adapters: koret in chunks, the peer on padded batches."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    ours, theirs = (make_encoder(tiny_model, torch.float32, dropout=0.0) for _ in range(2))
-    set_peft_model_state_dict(theirs.backbone, get_peft_model_state_dict(ours.backbone))
-    judge, none = MultipleNegativesRankingLoss(theirs.model, scale=20.0), torch.zeros(8, 8, dtype=torch.bool)
+    ours, plain = (make_encoder(tiny_model, torch.float32, dropout=0.0) for _ in range(2))
+    theirs = SentenceTransformer(str(tiny_model), device="cpu").train()
+    theirs[0].model = plain.backbone
+    set_peft_model_state_dict(theirs[0].model, get_peft_model_state_dict(ours.backbone))
+    judge, none = MultipleNegativesRankingLoss(theirs, scale=20.0), torch.zeros(8, 8, dtype=torch.bool)
     optimizers = [
-        torch.optim.AdamW([p for p in encoder.backbone.parameters() if p.requires_grad], lr=3e-3)
-        for encoder in (ours, theirs)
+        torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=3e-3)
+        for backbone in (ours.backbone, theirs[0].model)
     ]
     curves, rng, vocabulary = [], np.random.default_rng(0), len(ours.tokenizer)
     batches = [[rng.integers(5, vocabulary, rng.integers(4, 40)).astype(np.int32) for _ in range(16)] for _ in range(2)]

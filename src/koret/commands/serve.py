@@ -65,7 +65,7 @@ def serve_model(options: argparse.Namespace) -> None:
         listening.make_ready(own)
         print(
             f"{service.name}: {encoder.dimensions} dimensions, {encoder.max_seq_length} tokens, {encoder.precision} on "
-            f"{encoder.device}, {encoder.path}; agrees with plain sentence-transformers to cosine {agreement:.6f} "
+            f"{encoder.device}, {encoder.path}; agrees with the plain forward to cosine {agreement:.6f} "
             f"(ready in {time.perf_counter() - began:.1f} s)"
         )
         _say_where(options, own.getsockname()[1], with_key=key is not None)

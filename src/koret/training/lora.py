@@ -160,7 +160,7 @@ def merge_lora(encoder: TextEncoder) -> TextEncoder:
     """
     frozen = {id(p): p for p in encoder.model.parameters() if not p.requires_grad}
     merged = copy.deepcopy(encoder.model, frozen)  # what deepcopy takes for copied already, it does not copy
-    backbone = merged[0].model
+    backbone = find_backbone(merged)
     for name, layer in _find_adapted(backbone):
         weight = _merge_weight(layer)
         if not torch.isfinite(weight).all():

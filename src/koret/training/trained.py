@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from koret.retrieval.bundle import Bundle, is_sentence_transformer, open_bundle
 from koret.retrieval.encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -90,12 +91,10 @@ def count_weights(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def find_backbone(model: Any) -> nn.Module:
-    """The transformer in a TextEncoder, a SentenceTransformer or already a transformer."""
-    from sentence_transformers import SentenceTransformer
-
+    """The transformer in a TextEncoder, a Bundle, a SentenceTransformer or already a transformer."""
     if isinstance(model, TextEncoder):
         return model.backbone
-    return model[0].model if isinstance(model, SentenceTransformer) else model
+    return open_bundle(model).backbone if isinstance(model, Bundle) or is_sentence_transformer(model) else model
 
 
 def find_table(backbone: nn.Module) -> nn.Parameter:
