@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import http.server
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -293,20 +295,23 @@ def test_a_copy_shares_nothing_with_its_original(models):
     assert other.fingerprint() != encoder.fingerprint() == load_encoder(models(), device="cpu").fingerprint()
 
 
+COMMIT = "0123456789" * 4
+
+
 def make_hub_cache(home: Path, name: str, model: Path, *, without: str = "") -> None:
     """What the hub's client leaves behind after a download."""
     folder = home / "hub" / f"models--{name.replace('/', '--')}"
-    commit = "0123456789" * 4
-    shutil.copytree(model, folder / "snapshots" / commit, ignore=lambda _, files: {without} & set(files))
+    shutil.copytree(model, folder / "snapshots" / COMMIT, ignore=lambda _, files: {without} & set(files))
     (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
+    (folder / "refs" / "main").write_text(COMMIT)
 
 
-def run_python(code: str, home: Path, *arguments: str) -> list:
-    """What ``code`` prints last, as JSON, in a process of its own without a hub."""
+def run_python(code: str, home: Path, *arguments: str, hub: str | None = None) -> list:
+    """What ``code`` prints last, as JSON, in a process of its own with the hub at this address, or without one."""
     import os
 
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    reached = {"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "NO_PROXY": "*"}
+    environment = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **reached}
     environment.pop("HF_HUB_CACHE", None)
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=home
@@ -334,6 +339,54 @@ def test_a_name_of_the_hub_is_read_from_the_cache(models, tmp_path):
     make_hub_cache(tmp_path, "somebody/tiny", models())
     assert run_python(CACHED, tmp_path, "somebody/tiny") == ["Bundle", False, True, "질문: "]
     assert list_files(tmp_path / "own") == list_files(tmp_path / "reference")
+
+
+@pytest.fixture
+def hub():
+    """The address of a server that says of every model that its last commit is COMMIT, and has no file."""
+    asked: list[str] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200 if self.path == "/" else 404)
+            self.end_headers()
+
+        def do_GET(self):
+            asked.append(self.path)
+            known = self.path.startswith("/api/models/somebody/tiny")
+            body = json.dumps({"id": "somebody/tiny", "sha": COMMIT} if known else {"error": "not found"}).encode()
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+READ = """
+import json, sys
+from pathlib import Path
+from koret.retrieval.bundle_folder import find_snapshot, is_latest
+from koret.retrieval.encoder import load_encoder
+model = load_encoder(sys.argv[1], device="cpu").model
+seen = "sentence_transformers" in sys.modules
+older = is_latest(sys.argv[1], Path("9" * 40)), is_latest("somebody/gone", find_snapshot(sys.argv[1]))
+print(json.dumps([type(model).__name__, seen, *older]))
+"""
+
+
+def test_the_cache_is_read_where_the_hub_has_no_later_commit(models, tmp_path, hub):
+    make_hub_cache(tmp_path, "somebody/tiny", models())
+    address, asked = hub
+    assert run_python(READ, tmp_path, "somebody/tiny", hub=address) == ["Bundle", False, False, False]
+    assert sum(path.startswith("/api/models/") for path in asked) == 3
+    assert not [path for path in asked if "resolve" in path]  # no file was asked for
 
 
 def test_a_download_that_is_not_whole_is_left_to_sentence_transformers(models, tmp_path, monkeypatch):

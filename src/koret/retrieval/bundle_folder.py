@@ -163,6 +163,17 @@ def find_snapshot(name: str) -> Path | None:
     return folder if all((folder / file).is_file() for file in WHOLE) else None
 
 
+def is_latest(name: str, snapshot: Path, timeout: float = 5.0) -> bool:
+    """Whether ``snapshot`` is the last commit that the hub has of model ``name``; False where it does not say so."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return HfApi(endpoint=constants.ENDPOINT).model_info(name, timeout=timeout).sha == snapshot.name
+    except Exception as reason:  # a gate, a proxy, a name that is gone: whoever downloads says it better
+        log.debug("%s: the hub does not say which commit is its last: %s", name, reason)
+        return False
+
+
 def _leave(directory: Path, reason: object) -> None:
     log.info("%s: read by sentence-transformers (%s)", directory, reason)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from koret import runs
 from koret.retrieval import offline
 from koret.retrieval.bundle import Bundle, open_bundle
-from koret.retrieval.bundle_folder import find_snapshot, read_bundle, write_bundle
+from koret.retrieval.bundle_folder import find_snapshot, is_latest, read_bundle, write_bundle
 from koret.retrieval.packed import PackedEncoder, Recompute, explain_unsupported
 
 if TYPE_CHECKING:
@@ -357,13 +357,14 @@ def load_encoder(
 def _load_model(source: str, device: str, four_bits: dict[str, Any]) -> Bundle | SentenceTransformer:
     """A directory or a hub's model, without importing sentence-transformers where that is possible; in float32.
 
-    A hub that answers may have a newer revision than the local cache, so then it is left to sentence-transformers.
+    What the hub has a newer commit of than the local cache is left to sentence-transformers.
     """
     is_local = Path(source).is_dir()
     cached_only = not is_local and not _reaches_hub()
-    if not four_bits:
-        folder = Path(source) if is_local else find_snapshot(source) if cached_only else None
-        if folder is not None and (bundle := read_bundle(folder, None if is_local else source)) is not None:
+    folder = Path(source) if is_local else find_snapshot(source)
+    if folder is not None and not four_bits and (is_local or cached_only or is_latest(source, folder)):
+        bundle = read_bundle(folder, None if is_local else source)
+        if bundle is not None:
             return bundle.to(device)
     from sentence_transformers import SentenceTransformer
 

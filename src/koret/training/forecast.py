@@ -32,7 +32,7 @@ CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two m
 HOLES, GROWTH = 0.2, 0.25
 # Where what is kept lies apart, on shelves, holes are left by what passes alone: so many times what the widest layer
 # computes for a slice (2,600 to 18,000 tokens at a time).
-PASSING, LATER = 12, 6  # in the first steps, and what they grow by in a run of 24 to 60
+PASSING, LATER = 7, 4  # in the first steps, and what they grow by until Pace.hold_to gives it back
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 

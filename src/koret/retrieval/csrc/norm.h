@@ -1,7 +1,7 @@
 /* Layer norm of rows (Ba et al. 2016, arXiv 1607.06450), y = w (t - mean) / deviation + b, and its gradient. A row is the
  * sum of two, rounded to a number: what is kept of it is what the backward pass finds. All else is float32. */
 
-enum { TOGETHER = 4 /* rows: the sum of one waits for its last addition, in which others are added to */ };
+enum { ABREAST = 4 /* rows: the sum of one waits for its last addition, in which others are added to */ };
 
 INLINE floats
 read_floats(const float *from)
@@ -21,7 +21,7 @@ find_row(const void *tensor, long row, long width)
 INLINE void
 find_statistics(const number *const *t, const int rows, long width, float epsilon, float *statistics)
 {
-    floats sums[TOGETHER] = {0}, squares[TOGETHER] = {0};
+    floats sums[ABREAST] = {0}, squares[ABREAST] = {0};
     for (long i = 0; i < width; i += LANES)
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
@@ -42,7 +42,7 @@ INLINE void
 normalize_rows(const Rows *all, long first, const int rows)
 {
     const long width = all->width;
-    const number *t[TOGETHER];
+    const number *t[ABREAST];
     for (int r = 0; r < rows; r++) {
         const number *x = find_row(all->x, first + r, width);
         t[r] = x;
@@ -83,7 +83,7 @@ descend_rows(const Rows *all, long first, const int rows)
 {
     const long width = all->width;
     const float *statistics = all->statistics + 2 * first;
-    floats sums[TOGETHER] = {0}, products[TOGETHER] = {0};
+    floats sums[ABREAST] = {0}, products[ABREAST] = {0};
     for (long i = 0; i < width; i += LANES)
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
@@ -108,8 +108,8 @@ TARGET static void
 normalize(const Rows *all, long first, long count)
 {
     const long end = first + count;
-    for (; first + TOGETHER <= end; first += TOGETHER)
-        normalize_rows(all, first, TOGETHER);
+    for (; first + ABREAST <= end; first += ABREAST)
+        normalize_rows(all, first, ABREAST);
     for (; first < end; first++)
         normalize_rows(all, first, 1);
 }
@@ -119,8 +119,8 @@ descend_norm(const Rows *all, long first, long count)
 {
     const long end = first + count;
     if (all->weight) {
-        for (; first + TOGETHER <= end; first += TOGETHER)
-            descend_rows(all, first, TOGETHER);
+        for (; first + ABREAST <= end; first += ABREAST)
+            descend_rows(all, first, ABREAST);
         for (; first < end; first++)
             descend_rows(all, first, 1);
     } else
