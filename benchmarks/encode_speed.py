@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 
 from koret.data.loader import load_dataset
 from koret.retrieval.encoder import TextEncoder, load_encoder
@@ -77,6 +76,8 @@ def make_variants(encoder: TextEncoder, folder: Path, threads: int) -> dict[str,
     device = str(encoder.device)
     packed16 = load_encoder("offline", device=device, precision="bf16", max_seq_length=LENGTH)
     encoder.save(folder / "plain")
+    from sentence_transformers import SentenceTransformer  # here: benchmarks that import this module do without it
+
     plain, half = (SentenceTransformer(str(folder / "plain"), device=device) for _ in range(2))
     half.bfloat16()
 

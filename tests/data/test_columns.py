@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from koret.data.columns import take_rows
+from koret.data.columns import read_column, read_lists, take_rows
 
 
 @pytest.fixture
@@ -24,6 +24,21 @@ def test_rows_are_those_of_take(table):
     for rows in ([], [0], [99, 0], [5, 5, 29, 30], range(100), *(rng.integers(0, 100, 40) for _ in range(20))):
         assert take_rows(table, np.array(rows, np.int64)).equals(table.take(pa.array(rows, pa.int64())))
     assert take_rows(table.slice(100), np.array([], np.int64)).num_rows == 0
+
+
+def test_numbers_are_those_of_to_numpy(table):
+    lists = read_lists(table.slice(28), "gold")
+    assert [list(lists[i]) for i in range(len(lists))] == table.slice(28).column("gold").to_pylist()
+    nulls = pa.chunked_array(
+        [pa.array([[1, 2], None, []], pa.list_(pa.int64())), pa.array([None, [3]], pa.list_(pa.int64()))]
+    )
+    lists = read_lists(pa.table({"gold": nulls}), "gold")
+    assert [list(lists[i]) for i in range(len(lists))] == [row or [] for row in nulls.to_pylist()]
+    for kind in (pa.int32(), pa.int64(), pa.uint8()):
+        numbers = pa.chunked_array([pa.array(range(5), kind), pa.array([], kind), pa.array([9, 7, 8], kind).slice(1)])
+        for column in (numbers, numbers.slice(3), numbers.slice(8), pa.chunked_array([], kind)):
+            found = read_column(pa.table({"n": column}), "n")
+            assert found.dtype == np.int64 and found.tolist() == column.to_pylist()
 
 
 @pytest.mark.parametrize("rows", [[100], [-1], [3, 100]])

@@ -539,6 +539,23 @@ def test_by_hand_and_by_autograd_draw_one_mask_and_agree(name, monkeypatch):
 
 
 @EVERY_KERNEL
+def test_memory_comes_back_with_the_backward_pass_and_gradients_have_none(name, monkeypatch):
+    monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))
+    module = build("bert").requires_grad_(False).float()
+    trained = [p.requires_grad_() for n, p in module.named_parameters() if "lora" in n and "pooler" not in n]
+    encoder = packed.PackedEncoder(module, "mean", find_type(name))
+    vectors = encoder.forward(draw_ids([5, 9]))
+    assert not encoder.shelves._free
+    (gradient,) = torch.autograd.grad(vectors.sum(), trained[:1], create_graph=True)
+    assert len(encoder.shelves._free) == 0  # a graph that may be asked again keeps it
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    del gradient
+    vectors.sum().backward()
+    assert len(encoder.shelves._free) == 1  # while the vectors are still there
+
+
+@EVERY_KERNEL
 @pytest.mark.parametrize("change", ["a norm trains", "DoRA", "another activation", "norms of half precision"])
 def test_what_has_no_kernels_is_left_to_autograd(name, change, monkeypatch):
     monkeypatch.setattr(attention, "find_compiled", lambda *_: CompiledKernel(name))

@@ -48,16 +48,35 @@ class Csr:
         return owner, self.values[np.repeat(starts, lengths) + inside]
 
 
+def make_places(rows: np.ndarray) -> pa.Array:
+    """Row numbers for Arrow to take by. Its own conversions, here and below, import pandas where it is: 45 MB."""
+    rows = np.ascontiguousarray(rows, dtype=np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
+
+
+def read_numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """Integers, none of them null, as (N,) int64."""
+    kind = np.dtype(str(column.type))
+    parts = [
+        np.frombuffer(chunk.buffers()[1], kind)[chunk.offset : chunk.offset + len(chunk)]
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    whole = np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.zeros(0, kind)
+    return whole.astype(np.int64, copy=False)
+
+
 def read_column(table: pa.Table, name: str) -> np.ndarray:
     """An integer column as (N,) int64."""
-    return table.column(name).to_numpy().astype(np.int64, copy=False)
+    return read_numbers(table.column(name))
 
 
 def read_lists(table: pa.Table, name: str) -> Csr:
     """A column of integer lists; a null is an empty list."""
     column = table.column(name)
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    values = pc.list_flatten(column).to_numpy().astype(np.int64, copy=False)
+    zero = make_places(np.zeros(1))[0]
+    lengths = read_numbers(pc.fill_null(pc.list_value_length(column).cast(zero.type), zero))
+    values = read_numbers(pc.list_flatten(column))
     return Csr(np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64), values)
 
 
@@ -70,15 +89,15 @@ def take_rows(table: pa.Table, rows: np.ndarray) -> pa.Table:
     rows = np.asarray(rows, dtype=np.int64)
     batches = table.to_batches()
     if not batches:
-        return table.take(pa.array(rows))
+        return table.take(make_places(rows))
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     cuts = [0, *np.searchsorted(ascending, starts[1:-1]), len(rows)]
     parts = [
-        batch.take(pa.array(ascending[first:last] - start))
+        batch.take(make_places(ascending[first:last] - start))
         for batch, start, first, last in zip(batches, starts, cuts, cuts[1:], strict=False)
         if first < last
     ]
     taken = pa.Table.from_batches(parts, table.schema)
-    return taken if (rows == ascending).all() else taken.take(pa.array(np.argsort(order)))
+    return taken if (rows == ascending).all() else taken.take(make_places(np.argsort(order)))

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-from koret.data.columns import read_column, read_lists, take_rows
+from koret.data.columns import make_places, read_column, read_lists, take_rows
 from koret.data.keys import text_key
 from koret.data.markup import normalize_text
 from koret.evaluation.tasks import RetrievalTask
@@ -138,8 +137,8 @@ def take_training(dataset: Dataset, articles: np.ndarray, name: str = "training"
     asked = np.isin(read_column(dataset.questions, "article"), articles)
     return Texts(
         name,
-        titles=[title for title in dataset.articles.column("title").take(pa.array(articles)).to_pylist() if title],
-        questions=dataset.questions.column("text").filter(pa.array(asked)).to_pylist(),
+        titles=[title for title in dataset.articles.column("title").take(make_places(articles)).to_pylist() if title],
+        questions=dataset.questions.column("text").take(make_places(np.flatnonzero(asked))).to_pylist(),
         batches=Batches(),
     )
 
@@ -170,7 +169,7 @@ def take_evaluated(dataset: Dataset, articles: np.ndarray, name: str = "the held
     gold = np.unique(read_lists(questions, "gold").values)
     return Texts(
         name,
-        titles=[title for title in dataset.articles.column("title").take(pa.array(articles)).to_pylist() if title],
+        titles=[title for title in dataset.articles.column("title").take(make_places(articles)).to_pylist() if title],
         questions=questions.column("text").to_pylist(),
         passages=take_rows(dataset.passages.select(["text"]), gold).column(0).to_pylist(),
     )

@@ -9,11 +9,12 @@ k and v, with the same bits. Shapes below: T tokens, C width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from koret.retrieval.compiled import (
     STATISTICS,
@@ -200,7 +201,7 @@ class FrozenLayer(torch.autograd.Function):
             for use in uses:
                 use.entered = None if use.entered is None else run.keep(use.entered)
                 use.lower = None if use.lower is None else run.keep(use.lower)
-            ctx.run = run
+            ctx.run = replace(run, shelf=None)  # a graph whose tensors were freed would hold their memory
             ctx.save_for_backward(
                 total,
                 before,
@@ -213,6 +214,7 @@ class FrozenLayer(torch.autograd.Function):
         return torch.add(y, x, out=run.take(x.shape, x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         run, layer, wanted = ctx.run, ctx.run.layer, ctx.needs_input_grad[0]
         total, before, qkv, inside, behind, slopes, *adapted = ctx.saved_tensors

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from koret.data.columns import make_places
 from koret.data.tables import make_array
 from koret.retrieval.bits import pack_signs
 from koret.retrieval.exact import TopK, multiply
@@ -159,7 +160,7 @@ class Segment:
         return [_make_entry(found[row]) for row in rows]
 
     def _read_strings(self, rows: np.ndarray) -> Iterator[tuple[str, ...]]:
-        places = pa.array(rows, pa.int64())
+        places = make_places(np.asarray(rows))
         return zip(*(self.columns[name].take(places).to_pylist() for name in COLUMNS), strict=True)
 
     def read_id(self, row: int) -> str:

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
-from koret.data.columns import Csr, read_column, read_lists, take_rows
+from koret.data.columns import Csr, make_places, read_column, read_lists, take_rows
 from koret.data.keys import fold_text, normalize_answer
 from koret.data.loader import Dataset
 from koret.data.passages import join_heading
@@ -108,7 +107,7 @@ def mine_negatives(
     if not len(rows):
         raise ValueError("no question of the training articles has a passage that answers it: nothing can be mined for")
     passages = np.flatnonzero(np.isin(read_column(dataset.passages, "article"), articles))
-    asked = dataset.questions.column("text").take(pa.array(rows)).to_pylist()
+    asked = dataset.questions.column("text").take(make_places(rows)).to_pylist()
     positives = read_column(dataset.questions, "best")[rows]
     lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if settings.source != "model":

@@ -16,9 +16,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 
-from koret.data.columns import Csr, read_column
+from koret.data.columns import Csr, make_places, read_column
 from koret.data.keys import text_key
 from koret.data.loader import Dataset
 from koret.data.pairs import PairTable
@@ -80,7 +79,7 @@ def write_negatives(
 
 
 def _list_lines(mined: Mined, dataset: Dataset) -> Iterator[_Line]:
-    ids = dataset.questions.column("id").take(pa.array(mined.questions)).to_pylist()
+    ids = dataset.questions.column("id").take(make_places(mined.questions)).to_pylist()
     asked_in = read_column(dataset.questions, "article")[mined.questions].tolist()
     columns = [read_column(dataset.passages, name) for name in ("article", "start", "end")]
     for i, (name, row, article) in enumerate(zip(ids, mined.questions.tolist(), asked_in, strict=True)):
