@@ -27,7 +27,7 @@ def test_slices_hold_every_sequence_once_within_their_size():
     rng = np.random.default_rng(2)
     for _ in range(50):
         layout = plan_layout(rng.integers(1, 200, rng.integers(1, 60)).tolist())
-        slices = cut_slices(layout.groups, 256)
+        slices = cut_slices(layout, 256)
         assert sum(tokens for tokens, _ in slices) == layout.tokens
         counts: dict[int, int] = {}
         for tokens, pieces in slices:
@@ -42,6 +42,26 @@ def test_slices_hold_every_sequence_once_within_their_size():
         for _, n, length, _ in layout.groups:
             expected[length] = expected.get(length, 0) + n
         assert counts == expected
+
+
+def test_texts_are_dealt_out_evenly_and_stand_together_in_their_slices():
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        lengths = rng.integers(1, 200, rng.integers(1, 90)).tolist()
+        layout = plan_flat_layout(lengths, 700)
+        slices, spans = cut_slices(layout, 700), []
+        assert len(slices) == min(len(lengths), -(-sum(lengths) // 700))
+        assert max(tokens for tokens, _ in slices) - min(tokens for tokens, _ in slices) <= max(lengths)
+        end = 0
+        for tokens, pieces in slices:
+            assert pieces[0][0] == 0 and sum(length for _, _, length, _ in pieces) == tokens
+            spans += [(end + at, length) for at, _, length, _ in pieces]
+            end += tokens
+        assert end == layout.tokens == sum(lengths)
+        assert sorted(spans) == spans == sorted(zip(layout.starts, lengths, strict=True))
+    lengths = [200, 190, 40, 30, 20, 10] * 12  # long texts and short ones: no slice is much smaller than another
+    sizes = [tokens for tokens, _ in cut_slices(plan_flat_layout(lengths, 700), 700)]
+    assert len(sizes) == 9 and max(sizes) - min(sizes) <= 20
 
 
 def test_a_padded_group_hides_exactly_what_is_behind_its_texts():

@@ -5,8 +5,9 @@ T tokens in all. One layout for each way of attention (``attention.choose_path``
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Layout:
     starts: list[int]
     lengths: list[int]
     groups: list[tuple[int, int, int, Tensor | None]]
+    counts: list[int] = field(default_factory=list)  # of groups in each slice, where the order was chosen for slices
 
 
 def plan_layout(lengths: Sequence[int], block: int = BLOCK, short: int = SHORT) -> Layout:
@@ -66,11 +68,35 @@ def plan_layout(lengths: Sequence[int], block: int = BLOCK, short: int = SHORT) 
     return Layout(at, starts, list(lengths), groups)
 
 
-def plan_flat_layout(lengths: Sequence[int]) -> Layout:
-    """The texts one behind the other and nothing between them, for variable-length attention."""
-    starts = np.cumsum([0, *lengths]).tolist()
-    tokens = starts.pop()
-    return Layout(tokens, starts, list(lengths), [(at, 1, n, None) for at, n in zip(starts, lengths, strict=True)])
+def plan_flat_layout(lengths: Sequence[int], most: int | None = None) -> Layout:
+    """The texts one behind the other and nothing between them, for variable-length attention.
+
+    Where there are more than ``most`` tokens, texts that go into one of several slices stand together.
+    """
+    slices = deal_out(lengths, 1 if most is None else -(-sum(lengths) // most))
+    order = [text for own in slices for text in own]
+    places = np.cumsum([0, *(lengths[text] for text in order)]).tolist()
+    tokens, starts = places.pop(), [0] * len(lengths)
+    for text, at in zip(order, places, strict=True):
+        starts[text] = at
+    groups = [(at, 1, lengths[text], None) for text, at in zip(order, places, strict=True)]
+    return Layout(tokens, starts, list(lengths), groups, [len(own) for own in slices])
+
+
+def deal_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """The numbers of texts in at most ``parts`` parts of as many tokens, or nearly.
+
+    The longest that is left goes where least is (Graham 1969, Bounds on multiprocessing timing anomalies). Parts of
+    like size are multiplied by products that oneDNN has compiled already.
+    """
+    if parts <= 1:
+        return [list(range(len(lengths)))]
+    dealt = [(0, part, []) for part in range(min(parts, len(lengths)))]
+    for text in sorted(range(len(lengths)), key=lambda text: (-lengths[text], text)):
+        tokens, part, own = dealt[0]
+        own.append(text)
+        heapq.heapreplace(dealt, (tokens + lengths[text], part, own))
+    return [own for _, _, own in sorted(dealt, key=lambda one: one[1])]
 
 
 def plan_padded_layout(lengths: Sequence[int], most: int = PADDED_GROUPS, step: int = STEP) -> Layout:
@@ -115,13 +141,20 @@ def cut_by_length(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
     return runs[::-1]
 
 
-def cut_slices(groups: list, most: int) -> list[tuple[int, list]]:
-    """The groups cut into slices of at most ``most`` tokens, or one sequence: (tokens, groups counted from 0) of each.
+def cut_slices(layout: Layout, most: int) -> list[tuple[int, list]]:
+    """The groups in slices of at most ``most`` tokens, or one sequence: (tokens, groups counted from 0) of each.
 
-    A group that does not fit into what is left of a slice is continued in the next one.
+    As they were planned, where they were. Else a group that does not fit into what is left of a slice is continued in
+    the next one.
     """
     slices: list[tuple[int, list]] = []
-    for _, n, length, mask in groups:
+    ends = np.cumsum(layout.counts)
+    for first, end in zip([0, *ends], ends, strict=False):
+        own = layout.groups[first:end]
+        begin = own[0][0]
+        pieces = [(at - begin, *rest) for at, *rest in own]
+        slices.append((sum(n * length for _, n, length, _ in own), pieces))
+    for _, n, length, mask in () if slices else layout.groups:
         first = 0
         while first < n:
             if not slices or slices[-1][0] + length > most:

@@ -32,7 +32,7 @@ CHECKPOINT_BYTES = 4 * (3 + 4)  # per trained weight: copies of it and its two m
 HOLES, GROWTH = 0.2, 0.25
 # Where what is kept lies apart, on shelves, holes are left by what passes alone: so many times what the widest layer
 # computes for a slice (2,600 to 18,000 tokens at a time).
-PASSING, LATER = 7, 4  # in the first steps, and what they grow by until Pace.hold_to gives it back
+PASSING, LATER = 7, 5  # in the first steps, and what they grow by until Pace.hold_to gives it back
 SAMPLE = 16  # questions and texts whose encoding is timed
 
 
@@ -196,12 +196,18 @@ class Pace:
     """Watches the first steps of a run, forecasts the rest from them, and says at the end how true that was."""
 
     def __init__(
-        self, total: int, every: int, step_tokens: float, peak: PeakForecast, time_scorings: Callable[[], float]
+        self,
+        total: int,
+        every: int,
+        step_tokens: float,
+        peak: PeakForecast,
+        time_scorings: Callable[[], float],
+        limit: int | None = None,
     ) -> None:
         """``every``: steps between two scorings; ``step_tokens``: mean tokens of a step; ``time_scorings``: seconds
-        that one scoring takes."""
+        that one scoring takes; ``limit``: bytes that may be held."""
         self.total, self.every, self.step_tokens, self.peak = total, every, step_tokens, peak
-        self._time_scorings = time_scorings
+        self._time_scorings, self._limit = time_scorings, limit
         self._tokens, self._seen, self._began = 0, 0, 0.0
         self._needed: int | None = 0  # bytes held after the first step since some were given back; None: before it
         self.forecast: Forecast | None = None
@@ -235,14 +241,18 @@ class Pace:
 
         On a CPU what a step frees is kept for the next one (memory.keep_freed). Batches of other sizes do not quite
         fit into it, so it grows from step to step, the more the longer it is kept. What every step needs is not given
-        back: the next one would wait for fresh pages.
+        back: the next one would wait for fresh pages. Near a limit less growth is let stand.
         """
         if device.type != "cpu":
             return
         held = read_held(device)
         if self._needed is None:
             self._needed = held
-        elif held > max(self.expected, self._needed * 1.1):
+            return
+        most = max(self.expected, self._needed * 1.1)
+        if self._limit is not None:
+            most = min(most, max(self._limit * 0.97, self._needed * 1.02))
+        if held > most:
             return_freed()
             self._needed = None
 

@@ -312,6 +312,7 @@ class EmbeddingTrainer:
             batches["tokens_of_an_epoch"] / self.job.schedule.steps_of_epoch[0],
             forecast_peak(self.encoder, plan.per_token, budget, heaviest, merges=config.use_lora),
             self._time_scorings,
+            limit,
         )
         self.at, self._saved, self._mined = Progress(), None, 0
 
