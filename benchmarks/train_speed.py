@@ -2,7 +2,7 @@
 
     python benchmarks/train_speed.py KorQuAD_v1.0_dev.json [--cases answer:64 passage:64 ...] [--threads 1]
                                      [--steps 2] [--rounds 2] [--arms koret naive ...] [--device cpu] [--limit-gb 10]
-                                     [--beside 0] [--name MACHINE] [--lean-gb 1.75]
+                                     [--beside 0] [--name MACHINE] [--lean-gb 1.55]
     python benchmarks/train_speed.py KorQuAD_v1.0_dev.json --curves
 
 Everyone trains LoRA r=8 on query, key and value of the same model (multilingual-e5-small's layers, 12 of width 384,
@@ -383,7 +383,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-gb", type=float, default=10.0)
-    parser.add_argument("--lean-gb", type=float, default=1.75)
+    parser.add_argument("--lean-gb", type=float, default=1.55)
     parser.add_argument("--name", help="of the machine, where its results are kept beside another one's")
     parser.add_argument("--curves", action="store_true")
     options = parser.parse_args()

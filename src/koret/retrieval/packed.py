@@ -214,8 +214,9 @@ class PackedEncoder:
 
     def runs_by_hand(self, layers: list[Layer] | None = None) -> bool:
         """Whether each layer is one step of autograd, which has kernels for all of it."""
-        layers = self._read_layers(1) if layers is None else layers
-        return self._kernel is not None and self.has_gelu and all(layer.is_frozen for layer in layers)
+        if self._kernel is None or not self.has_gelu:
+            return False
+        return all(layer.is_frozen for layer in (self._read_layers(1) if layers is None else layers))
 
     def _open_shelf(self, layers: list[Layer], tokens: int) -> Shelf | None:
         """Memory for all that so many tokens of a slice keep."""
