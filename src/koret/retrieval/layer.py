@@ -187,8 +187,9 @@ class FrozenLayer(torch.autograd.Function):
             qkv = uses[MIX].lower = None
         if run.rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, run.rows), x.index_select(0, run.rows)
-        inside = run.take(x.shape, x.dtype)
-        x, behind = run.normalize(inside, uses[JOIN].run(run, mixed), x)
+        joined = uses[JOIN].run(run, mixed)
+        inside = run.take(x.shape, x.dtype) if run.keeps else joined
+        x, behind = run.normalize(inside, joined, x)
         hidden = uses[WIDEN].run(run, x)
         slopes = None
         if run.keeps:
@@ -211,7 +212,7 @@ class FrozenLayer(torch.autograd.Function):
                 slopes,
                 *(x for use in uses for x in (use.bits, use.entered, use.lower)),
             )
-        return torch.add(y, x, out=run.take(x.shape, x.dtype))
+        return torch.add(y, x, out=run.take(x.shape, x.dtype)) if run.keeps else y.add_(x)
 
     @staticmethod
     @once_differentiable
