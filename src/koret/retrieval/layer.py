@@ -109,13 +109,9 @@ class LayerRun:
         return attend(qkv, gradient, self.bounds, self.longest, self.heads, self.kernel)
 
     def normalize(
-        self, total: Tensor, a: Tensor | None = None, x: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """A norm of ``total`` (T, C), which becomes a + x where they are given, and its statistics: the first norm of
-        this layer then, else the last of the one before."""
-        norm = self.norm if a is None else self.layer.norms[0]
-        if norm is None:
-            return total, None
+        self, norm: Norm, total: Tensor, a: Tensor | None = None, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of ``total`` (T, C), which becomes a + x where they are given, and its statistics."""
         statistics = self.take((len(total), STATISTICS), torch.float32)
         if a is None:
             return normalize(total, norm, self.epsilon, statistics, self.kernel), statistics
@@ -128,28 +124,29 @@ class _Use:
     A drop(x)."""
 
     linear: Linear
-    kernel: CompiledKernel
+    run: LayerRun
     bits: Tensor | None = None
     entered: Tensor | None = None
     lower: Tensor | None = None
 
     def enter(self, x: Tensor) -> Tensor:
         """What comes to the adapters."""
-        return x if self.bits is None else drop(x, self.bits, self.linear.adapters.dropout, self.kernel)
+        return x if self.bits is None else drop(x, self.bits, self.linear.adapters.dropout, self.run.kernel)
 
-    def run(self, run: LayerRun, x: Tensor, place: Tensor | None = None) -> Tensor:
-        """x (T, C) -> (T, width), to ``place`` where there is one."""
+    def multiply(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """x (T, C) -> (T, width), to ``place`` where there is one. Bits are drawn where there are none yet."""
         y, adapters = self.linear.multiply(x), self.linear.adapters
         if adapters is None:
             return y if place is None else place.copy_(y)
         if self.linear.drops and self.bits is None:
-            self.bits = draw_kept(run.take((count_bit_bytes(x.numel()),), torch.uint8), adapters.dropout, self.kernel)
+            bits = self.run.take((count_bit_bytes(x.numel()),), torch.uint8)
+            self.bits = draw_kept(bits, adapters.dropout, self.run.kernel)
         self.entered = self.enter(x)
         self.lower = F.linear(self.entered, adapters.down.to(x.dtype))
         up = adapters.up.to(x.dtype).t()
         return y.addmm_(self.lower, up) if place is None else torch.addmm(y, self.lower, up, out=place)
 
-    def run_back(self, d: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    def multiply_back(self, d: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
         """The gradient of the result -> that of x by way of W, by way of the adapters, and those of A and B."""
         back, adapters = self.linear.multiply_back(d) if wanted else None, self.linear.adapters
         if adapters is None:
@@ -158,7 +155,7 @@ class _Use:
         factors = [lower.t() @ self.entered, d.t() @ self.lower]
         also = lower @ adapters.down.to(d.dtype) if wanted else None
         if also is not None and self.bits is not None:
-            drop(also, self.bits, adapters.dropout, self.kernel, also)
+            drop(also, self.bits, adapters.dropout, self.run.kernel, also)
         return back, also, [x.to(adapters.up.dtype) for x in factors]
 
 
@@ -176,28 +173,28 @@ class FrozenLayer(torch.autograd.Function):
 
         ``factors`` are those of ``run.layer``, for autograd to know of.
         """
-        uses = [_Use(linear, run.kernel) for linear in run.layer.linears]
+        uses = [_Use(linear, run) for linear in run.layer.linears]
         keeps_qkv = run.keeps and not run.mixes_again
-        x, before = run.normalize(total)
+        x, before = (total, None) if run.norm is None else run.normalize(run.norm, total)
         place = run.take((len(x), 3 * x.shape[1]), x.dtype) if keeps_qkv else None
-        qkv = uses[MIX].run(run, x, place)
+        qkv = uses[MIX].multiply(x, place)
         mixed = run.attend(qkv)
         uses[MIX].entered = None
         if run.mixes_again:
             qkv = uses[MIX].lower = None
         if run.rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, run.rows), x.index_select(0, run.rows)
-        joined = uses[JOIN].run(run, mixed)
+        joined = uses[JOIN].multiply(mixed)
         inside = run.take(x.shape, x.dtype) if run.keeps else joined
-        x, behind = run.normalize(inside, joined, x)
-        hidden = uses[WIDEN].run(run, x)
+        x, behind = run.normalize(run.layer.norms[0], inside, joined, x)
+        hidden = uses[WIDEN].multiply(x)
         slopes = None
         if run.keeps:
             slopes = run.take((hidden.numel() * run.kernel.slope_bytes,), torch.uint8)
             activate(hidden, slopes, run.kernel)
         else:
             hidden = F.gelu(hidden)
-        y = uses[NARROW].run(run, hidden)
+        y = uses[NARROW].multiply(hidden)
         if run.keeps:
             for use in uses:
                 use.entered = None if use.entered is None else run.keep(use.entered)
@@ -219,24 +216,24 @@ class FrozenLayer(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         run, layer, wanted = ctx.run, ctx.run.layer, ctx.needs_input_grad[0]
         total, before, qkv, inside, behind, slopes, *adapted = ctx.saved_tensors
-        uses = [_Use(layer.linears[n], run.kernel, *adapted[3 * n : 3 * n + 3]) for n in range(len(layer.linears))]
+        uses = [_Use(layer.linears[n], run, *adapted[3 * n : 3 * n + 3]) for n in range(len(layer.linears))]
         gradient = gradient.contiguous()
-        d, also, narrow = uses[NARROW].run_back(gradient)
+        d, also, narrow = uses[NARROW].multiply_back(gradient)
         d = descend(d if also is None else d.add_(also), slopes, run.kernel, d)
-        d, also, widen = uses[WIDEN].run_back(d)
+        d, also, widen = uses[WIDEN].multiply_back(d)
         rest = descend_norm(d, layer.norms[0], inside, behind, run.kernel, (gradient, also))
-        d, also, join = uses[JOIN].run_back(rest)
+        d, also, join = uses[JOIN].multiply_back(rest)
         d = d if also is None else d.add_(also)
         if run.rows is not None:
             d, rest = (x.new_zeros(len(total), x.shape[1]).index_copy_(0, run.rows, x) for x in (d, rest))
         if qkv is None or layer.linears[MIX].adapters is not None:
             x = total if run.norm is None else normalize(total, run.norm, None, before, run.kernel)
             if qkv is None:
-                qkv = uses[MIX].run(run, x)
+                qkv = uses[MIX].multiply(x)
             else:
                 uses[MIX].entered = uses[MIX].enter(x)
         d = run.attend(qkv, d)
-        d, also, mix = uses[MIX].run_back(d, wanted)
+        d, also, mix = uses[MIX].multiply_back(d, wanted)
         if d is not None:
             d = descend_norm(d, run.norm, total, before, run.kernel, (rest, also))
         return d, None, *mix, *join, *widen, *narrow

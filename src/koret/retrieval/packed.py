@@ -134,12 +134,13 @@ class PackedEncoder:
     def forward(self, ids: Sequence[np.ndarray]) -> Tensor:
         """Token ids of N texts -> (N, C) pooled vectors, float32 at least, not normalised, in the given order."""
         device, path = self.device, self.path
-        layers = self._read_layers(sum(map(len, ids)))
+        total = sum(map(len, ids))
+        layers = self._read_layers(total)
         # Trained weights would be cast for every slice, and each slice's gradient rounded on its own.
         takes_slices = path.takes_slices and not any(layer.trains for layer in layers)
-        plan = {"blocks": plan_layout, "padded": plan_padded_layout, "flat": plan_flat_layout}[path.layout]
-        if takes_slices and path.layout == "flat":
-            plan = partial(plan_flat_layout, most=count_slice_tokens(sum(map(len, ids))))
+        most = count_slice_tokens(total) if takes_slices else None
+        flat_plan = partial(plan_flat_layout, most=most)
+        plan = {"blocks": plan_layout, "padded": plan_padded_layout, "flat": flat_plan}[path.layout]
         layout = plan([len(x) for x in ids])
         flat = np.zeros((3, layout.tokens), np.int64)  # ids, positions, text number (N: no text)
         flat[2] = len(ids)
@@ -149,9 +150,7 @@ class PackedEncoder:
         # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
         tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
         lengths = torch.tensor(layout.lengths).to(device, non_blocking=True)
-        slices = [(layout.tokens, layout.groups)]
-        if takes_slices:
-            slices = cut_slices(layout, count_slice_tokens(layout.tokens))
+        slices = [(layout.tokens, layout.groups)] if most is None else cut_slices(layout, most)
         step = ROWS if path.takes_slices and self._multiplies_by_onednn(layers) else 1
         sizes = [size for size, _ in slices]
         groups = [self._move_groups(inside, path, device) for _, inside in slices]

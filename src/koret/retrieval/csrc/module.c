@@ -201,25 +201,28 @@ run_rows(PyObject *args, size_t place)
 {
     const char *name;
     unsigned long long x, other, total, y, statistics, weight, bias, added[2];
-    long count;
+    long count, width;
+    float epsilon;
     int threads;
-    Rows rows;
     if (!PyArg_ParseTuple(args, "sKKKKKKKKKllfi", &name, &x, &other, &total, &y, &statistics, &weight, &bias, &added[0],
-                          &added[1], &count, &rows.width, &rows.epsilon, &threads))
+                          &added[1], &count, &width, &epsilon, &threads))
         return NULL;
     const Kernel *kernel = find_kernel(name);
     if (!kernel)
         return NULL;
     RowPass *const pass = *(RowPass *const *)((const char *)kernel + place);
-    rows.x = (const void *)(uintptr_t)x;
-    rows.other = (const void *)(uintptr_t)other;
-    rows.total = (void *)(uintptr_t)total;
-    rows.y = (void *)(uintptr_t)y;
-    rows.statistics = (float *)(uintptr_t)statistics;
-    rows.weight = (const float *)(uintptr_t)weight;
-    rows.bias = (const float *)(uintptr_t)bias;
-    rows.added[0] = (const void *)(uintptr_t)added[0];
-    rows.added[1] = (const void *)(uintptr_t)added[1];
+    const Rows rows = {
+        .x = (const void *)(uintptr_t)x,
+        .other = (const void *)(uintptr_t)other,
+        .total = (void *)(uintptr_t)total,
+        .y = (void *)(uintptr_t)y,
+        .statistics = (float *)(uintptr_t)statistics,
+        .weight = (const float *)(uintptr_t)weight,
+        .bias = (const float *)(uintptr_t)bias,
+        .added = {(const void *)(uintptr_t)added[0], (const void *)(uintptr_t)added[1]},
+        .width = width,
+        .epsilon = epsilon,
+    };
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (long at = 0; at < count; at += SOME_ROWS)
