@@ -137,6 +137,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = _knob(
         False, "recompute layers in the backward pass: less memory, more time", "training"
     )
+    torch_compile: bool | None = _knob(
+        None, "fuse a layer's small operations by torch.compile; none: on a GPU, where a trial is faster", "training"
+    )
     micro_batch_tokens: int | None = _knob(
         None,
         "tokens encoded at a time (GradCache): any batch_size in this much memory; none: chosen for the device",

@@ -61,6 +61,7 @@ class TextEncoder:
         self._bundle = open_bundle(model)
         self.prefixes = {"query": query_prefix, "passage": passage_prefix}
         self.recompute: Recompute = "layers" if gradient_checkpointing else 0
+        self.compiles = False  # whether torch.compile has a part in training, where the forward is padding-free
         self._packed: tuple[nn.Module, PackedEncoder] | None = None
         self.slow_path_reason = self._explain_slow_path()
         if self.slow_path_reason:
@@ -136,7 +137,9 @@ class TextEncoder:
     @property
     def path(self) -> str:
         """In words, which forward runs."""
-        return f"padded ({self.slow_path_reason})" if self.slow_path_reason else self._packed_forward().path.words
+        if self.slow_path_reason:
+            return f"padded ({self.slow_path_reason})"
+        return self._packed_forward().path.words + (", fused by torch.compile" if self.compiles else "")
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
         """Token ids of each text, prefix and special tokens included, cut to max_seq_length: N arrays of int32.
@@ -281,7 +284,7 @@ class TextEncoder:
         if self._packed is None or self._packed[0] is not self.backbone:
             forward = PackedEncoder(self.backbone, self.pooling, DTYPES[self.precision])
             self._packed = self.backbone, forward
-        self._packed[1].recompute = self.recompute
+        self._packed[1].recompute, self._packed[1].compiles = self.recompute, self.compiles
         return self._packed[1]
 
     def _forward_padded(self, ids: Sequence[np.ndarray]) -> Tensor:

@@ -278,7 +278,7 @@ def drop_fast(x: Tensor, p: float, kernel: CompiledKernel | None = None) -> Tens
     """
     if kernel is not None:
         return CompiledDropout.apply(x, p, kernel)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, True)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     least = min(max(round(p * 65536), 1), 65535) - 32768  # smaller draws are dropped

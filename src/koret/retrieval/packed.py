@@ -13,7 +13,8 @@ its probabilities are recomputed in the backward pass, never stored (Chen et al.
 takes sequences of any length, koret's own on CPU among them, the texts stand side by side without blocks; on other
 devices than CPU they are else padded to the longest of a few groups of like length: ``attention.choose_path`` decides.
 On CPU the flat tokens go through all layers slice by slice, each slice small enough for the caches; texts stay whole.
-There a layer is one step of autograd (``layer.FrozenLayer``) wherever only adapters train.
+There a layer is one step of autograd (``layer.FrozenLayer``) wherever only adapters train; else its parts may be
+compiled by torch (``tokenwise``).
 Where a text is its first token (pooling 'cls'), nothing but first tokens is computed behind the attention of the last
 layer.
 """
@@ -46,6 +47,7 @@ from koret.retrieval.linear import (
     read_adapters,
 )
 from koret.retrieval.shelf import Shelf, ShelfStore
+from koret.retrieval.tokenwise import Parts, begin_layer, compile_parts, end_layer, normalize_plainly
 
 # What is not kept for the backward pass but computed again there, with the same bits: q, k and v of so many layers, or
 # all inside of every layer (gradient checkpointing).
@@ -97,13 +99,16 @@ class PackedEncoder:
         pooling: str = "mean",
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = 0,
+        compiles: bool = False,
     ) -> None:
+        """``compiles``: whether torch.compile has a part in training."""
         reason = explain_unsupported(backbone)
         if reason:
             raise ValueError(reason)
         from transformers.activations import ACT2FN  # brings half of torch, which a search by words does without
 
         self.backbone, self.pooling, self.dtype, self.recompute = backbone, pooling, dtype, recompute
+        self.compiles = compiles
         self.core = find_core(backbone)
         config = backbone.config
         self.heads = config.num_attention_heads
@@ -115,6 +120,7 @@ class PackedEncoder:
         offset = config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = config.pad_token_id + 1 if offset else 0
         self.shelves = ShelfStore()
+        self._compiled: Parts | None = None
         self._paths: dict[torch.device, AttentionPath] = {}
         self._frozen: dict[tuple[str | int, ...], tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
@@ -213,9 +219,21 @@ class PackedEncoder:
 
     def runs_by_hand(self, layers: list[Layer] | None = None) -> bool:
         """Whether each layer is one step of autograd, which has kernels for all of it."""
-        if self._kernel is None or not self.has_gelu:
+        if self._kernel is None or not self.has_gelu or self._runs_compiled:
             return False
         return all(layer.is_frozen for layer in (self._read_layers(1) if layers is None else layers))
+
+    @property
+    def _runs_compiled(self) -> bool:
+        """Whether layers run as torch compiled them: in training, the first pass of GradCache among it."""
+        return self.compiles and (torch.is_grad_enabled() or self.backbone.training)
+
+    @property
+    def _parts(self) -> Parts:
+        if not self._runs_compiled:
+            return Parts(begin_layer, end_layer, self._activate, self._kernel)
+        self._compiled = self._compiled or compile_parts(self.activation)
+        return self._compiled
 
     def _open_shelf(self, layers: list[Layer], tokens: int) -> Shelf | None:
         """Memory for all that so many tokens of a slice keep."""
@@ -262,13 +280,12 @@ class PackedEncoder:
         self, layer: Layer, norm: Norm | None, groups: Groups, rows: Tensor | None, mixes_again: bool, x: Tensor
     ) -> Tensor:
         """One layer but for its last norm: x as the layer before it left it, whose last norm is ``norm``."""
-        _, join, widen, narrow = layer.linears
         mix = _MixAgain(self, layer, norm, groups)
         x, mixed = checkpoint(mix, x, use_reentrant=False) if mixes_again else mix(x)
         if rows is not None:  # nothing behind attention looks at another token
             mixed, x = mixed.index_select(0, rows), x.index_select(0, rows)
-        x = self._normalize(join.apply(mixed, self._kernel).add_(x), layer.norms[0])
-        return narrow.apply(self._activate(widen.apply(x, self._kernel)), self._kernel).add_(x)
+        parts, norm = self._parts, self._read_norm(layer.norms[0])
+        return parts.end(layer, norm, self.epsilon, parts.activate, parts.kernel, mixed, x)
 
     def _run_by_hand(
         self,
@@ -299,7 +316,10 @@ class PackedEncoder:
         return FrozenLayer.apply(x, run, *factors)
 
     def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return x if norm is None else F.layer_norm(x, (x.shape[1],), *(self._read([p]) for p in norm), self.epsilon)
+        return normalize_plainly(x, self._read_norm(norm), self.epsilon)
+
+    def _read_norm(self, norm: Norm | None) -> Norm | None:
+        return None if norm is None else (self._read([norm[0]]), self._read([norm[1]]))
 
     @property
     def _kernel(self) -> CompiledKernel | None:
@@ -317,7 +337,7 @@ class PackedEncoder:
         four_bit = any(map(is_four_bit, weights))
         if torch.is_grad_enabled():
             tokens = sys.maxsize  # a few are no training: memory is not worth being spent on them
-        ordered = not four_bit and gains_from_order(self.dtype, weights, tokens)
+        ordered = not four_bit and not self._runs_compiled and gains_from_order(self.dtype, weights, tokens)
         return Linear(
             weight=None if four_bit or ordered else self._read(weights),
             ordered=self._read_ordered(weights) if ordered else None,
@@ -358,8 +378,8 @@ class _MixAgain:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         encoder, wanted, self.was_called = self.encoder, not self.was_called, True
-        x = encoder._normalize(x, self.norm)
-        qkv = self.layer.linears[0].apply(x, encoder._kernel)
+        parts, norm = encoder._parts, encoder._read_norm(self.norm)
+        x, qkv = parts.begin(self.layer, norm, encoder.epsilon, parts.kernel, x)
         return x, mix_tokens(qkv, self.groups, encoder.heads, wanted)
 
 

@@ -9,7 +9,8 @@ each chunk starts from the random state it had the first time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -73,3 +74,13 @@ def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
+
+
+@contextlib.contextmanager
+def keep_random_state() -> Iterator[None]:
+    """What is drawn meanwhile is drawn again afterwards."""
+    state = read_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -14,6 +14,7 @@ import torch
 
 from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.processes import Process
+from koret.training.gradcache import keep_random_state
 
 SHARE = 0.5  # of the memory that is free may be filled with activations
 LEAST = 1024  # tokens at a time, however little is free
@@ -70,7 +71,7 @@ def measure_bytes_per_token(encoder: TextEncoder) -> int:
     was_training = encoder.model.training
     encoder.model.train()
     try:
-        with torch.random.fork_rng():
+        with keep_random_state():
             few, many = (_count_kept(encoder, count, length) for count in (1, 3))
     finally:
         encoder.model.train(was_training)

@@ -58,6 +58,7 @@ def plan_memory(
             budget = choose_fewer(budget)
         return MemoryPlan(per_token, budget, not exceeds(budget) and budget >= min(heaviest, asked or heaviest))
 
+    encoder.recompute = "layers" if encoder.recompute == "layers" else 0
     whole = plan()
     if whole.fits or encoder.recompute == "layers" or encoder.slow_path_reason is not None:
         return whole

@@ -7,6 +7,8 @@ import itertools
 import math
 import random
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from koret.retrieval.encoder import TextEncoder, choose_precision, load_encoder
 from koret.retrieval.processes import SharedEncoder, choose_device, join_group
 from koret.runs import Run, create_run, is_run, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
+from koret.training.batches import Batch
 from koret.training.checkpoint import copy_to_cpu, copy_weights, hash_weights, read_random_states
+from koret.training.compilation import TRIED, choose_compiling, explain_uncompiled
 from koret.training.forecast import Forecast, Pace, count_scorings, forecast_peak, time_scoring, time_steps
+from koret.training.gradcache import keep_random_state
 from koret.training.gradients import collect_values, group_by_module, measure_norms
 from koret.training.logbook import Terminal
 from koret.training.lora import merge_lora, setup_lora_model
@@ -139,10 +144,9 @@ class EmbeddingTrainer:
         self._prepare()
         self._say_plan()
         self.encoder.model.train()
-        total, steps = self.job.schedule.total, itertools.islice(self.job.schedule.steps_after(0), TIMED_STEPS)
-        with torch.random.fork_rng():  # a training that follows draws what it would have drawn
-            batches = ([self.job.maker.make(rows) for rows in step.batches] for step in steps)
-            seconds = time_steps(batches, self.gradients.add) * self.pace.step_tokens
+        total = self.job.schedule.total
+        with keep_random_state():  # a training that follows draws what it would have drawn
+            seconds = time_steps(self._make_first(TIMED_STEPS), self.gradients.add) * self.pace.step_tokens
         self.optimizer.adamw.zero_grad()
         scorings = count_scorings(0, total, self.config.save_steps) + 1  # and one of the base
         self.terminal.say(f"cost: {Forecast(total, seconds, scorings, self._time_scorings())}")
@@ -280,19 +284,36 @@ class EmbeddingTrainer:
             scaling=self.encoder.precision == "fp16",
         )
         self.warmup = cap_warmup(config.warmup_steps, self.job.schedule.total)
-        chosen = resolved.get("micro_batch_tokens") or config.micro_batch_tokens
-        batches = self.job.report["batches"]
-        heaviest = batches["tokens_of_the_heaviest"] // self.group.process.count
-        limit = None if config.max_memory_gb is None else int(config.max_memory_gb * 2**30)
-        plan = plan_memory(
-            self.encoder,
-            heaviest,
-            merges=config.use_lora,
-            asked=chosen,
-            limit=limit,
-            process=self.group.process,
+        self._plan_steps(resolved, log_scale)
+        self.measurements = Measurements(
+            self.job.question_ids, self.optimizer.scaler.is_enabled(), self.gradients.extras
         )
-        budget = min(self.group.gather(plan.budget))
+        self.at, self._saved, self._mined = Progress(), None, 0
+
+    def _plan_steps(self, resolved: dict[str, Any], log_scale: torch.nn.Parameter | None) -> None:
+        """How steps are taken on the device and in the memory there are, and what that will cost."""
+        config, total, batches = self.config, self.job.schedule.total, self.job.report["batches"]
+        heaviest = batches["tokens_of_the_heaviest"] // self.group.process.count
+        step_tokens = batches["tokens_of_an_epoch"] / self.job.schedule.steps_of_epoch[0]
+        limit = None if config.max_memory_gb is None else int(config.max_memory_gb * 2**30)
+
+        def plan() -> tuple[int, int]:
+            """Bytes kept per token, and tokens at a time."""
+            found = plan_memory(
+                self.encoder,
+                heaviest,
+                merges=config.use_lora,
+                asked=resolved.get("micro_batch_tokens") or config.micro_batch_tokens,
+                limit=limit,
+                process=self.group.process,
+            )
+            return found.per_token, min(self.group.gather(found.budget))
+
+        compiles = resolved.get("torch_compile", config.torch_compile)
+        if compiles and (reason := explain_uncompiled(self.encoder)):
+            raise ValueError(f"torch_compile: {reason}; leave the setting out")
+        self.encoder.compiles = bool(compiles)
+        per_token, budget = plan()
         self.gradients = BatchGradients(
             self.encoder,
             self.optimizer,
@@ -303,18 +324,21 @@ class EmbeddingTrainer:
             guided=config.guide_model is not None,
             group=self.group,
         )
-        self.measurements = Measurements(
-            self.job.question_ids, self.optimizer.scaler.is_enabled(), self.gradients.extras
-        )
-        self.pace = Pace(
-            self.job.schedule.total,
-            config.save_steps,
-            batches["tokens_of_an_epoch"] / self.job.schedule.steps_of_epoch[0],
-            forecast_peak(self.encoder, plan.per_token, budget, heaviest, merges=config.use_lora),
-            self._time_scorings,
-            limit,
-        )
-        self.at, self._saved, self._mined = Progress(), None, 0
+        if compiles is None:
+            make = partial(self._make_first, TRIED)
+            tried = choose_compiling(self.encoder, make, self.gradients.add, total * step_tokens, self.group)
+            self.optimizer.adamw.zero_grad()
+            if tried:
+                self.terminal.say(tried)
+            if self.encoder.compiles and not self.gradients.was_halved:
+                per_token, self.gradients.budget = plan()
+        peak = forecast_peak(self.encoder, per_token, self.gradients.budget, heaviest, merges=config.use_lora)
+        self.pace = Pace(total, config.save_steps, step_tokens, peak, self._time_scorings, limit)
+
+    def _make_first(self, count: int) -> Iterator[list[Batch]]:
+        """The batches of the first steps."""
+        for step in itertools.islice(self.job.schedule.steps_after(0), count):
+            yield [self.job.maker.make(rows) for rows in step.batches]
 
     def _seed_process(self, step: int = 0) -> None:
         """Let the processes draw different dropout; process 0 draws what a process alone would."""
@@ -335,6 +359,7 @@ class EmbeddingTrainer:
             "device": self.encoder.device.type,
             "precision": self.encoder.precision,
             "micro_batch_tokens": self.gradients.budget,
+            "torch_compile": self.encoder.compiles,
             "threads": torch.get_num_threads(),
             "processes": self.group.process.count,
         }
