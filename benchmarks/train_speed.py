@@ -13,6 +13,7 @@ writes a log. Arms:
   koret         koret train, everything at its defaults, waiting threads as the command sets them (koret.cli)
   koret-lean    the same with --max-memory-gb at --lean-gb
   koret-small   the same with 2,048 tokens encoded at a time (GradCache)
+  koret-compiled  the same as koret with --torch-compile true
   koret-spin    the same as koret with threads that wait as OpenMP has them wait
   naive         the loop many people have: transformers, PEFT, padded batches tokenised as they come
   st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss, float32
@@ -112,13 +113,14 @@ def read_clocks() -> list[float]:
     return [time.perf_counter(), time.process_time()]
 
 
-def train_koret(work: dict[str, Any], folder: Path, tokens: int | None = None, most_gb: float | None = None) -> Seconds:
+def train_koret(work: dict[str, Any], folder: Path, **settings: Any) -> Seconds:
     """The trainer's own loop; a step lasts from its first gradient to the first of the next, logging included."""
     from koret.training.batch_gradients import BatchGradients
     from koret.training.trainer import EmbeddingTrainer
 
     config = make_config(work["data"], work["model"], work["task"], work["batch"], work["steps"] + 1, folder)
-    config.micro_batch_tokens, config.max_memory_gb = tokens, most_gb
+    for setting, value in settings.items():
+        setattr(config, setting, value)
     starts, add = [], BatchGradients.add
 
     def timed(self: BatchGradients, batches: Any) -> torch.Tensor:
@@ -213,8 +215,9 @@ def train_peer(
 
 ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "koret": train_koret,
-    "koret-lean": lambda work, folder: train_koret(work, folder, most_gb=work["lean_gb"]),
-    "koret-small": lambda work, folder: train_koret(work, folder, tokens=2048),
+    "koret-lean": lambda work, folder: train_koret(work, folder, max_memory_gb=work["lean_gb"]),
+    "koret-small": lambda work, folder: train_koret(work, folder, micro_batch_tokens=2048),
+    "koret-compiled": lambda work, folder: train_koret(work, folder, torch_compile=True),
     "koret-spin": train_koret,
     "naive": train_naive,
     "st": train_peer,

@@ -641,12 +641,14 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
     assert "the variable-length attention of wrong is not used on cpu (its output is off by" in caplog.text
 
 
-def test_the_kernel_follows_type_and_head_size():
+@pytest.mark.parametrize("held", [False, True])
+def test_the_kernel_follows_type_head_size_and_what_torch_is_held_to(held, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if held else "AVX512")
     for dtype in (torch.float16, torch.float64):
         assert find_compiled(dtype, 64) is None
     for dtype in (torch.bfloat16, torch.float32):
         assert find_compiled(dtype, 8) is find_compiled(dtype, 20) is find_compiled(dtype, 272) is None
-        wanted = [name for name in KERNELS if find_type(name) == dtype]
+        wanted = [name for name in KERNELS if find_type(name) == dtype and not (held and "512" in name)]
         assert find_compiled(dtype, 64) == (CompiledKernel(wanted[0]) if wanted else None)
         path = attention.choose_path(CPU, dtype, 64)
         assert path.layout == ("flat" if wanted else "blocks") and path.takes_slices

@@ -53,12 +53,16 @@ def load_kernels() -> ModuleType | None:
 
 
 def find_compiled(dtype: torch.dtype, head_size: int) -> CompiledKernel | None:
-    """The best kernel this processor has for heads of ``head_size`` numbers of ``dtype``, or None."""
+    """The best kernel this processor has for heads of ``head_size`` numbers of ``dtype``, or None.
+
+    Where torch is held to AVX2 (``ATEN_CPU_CAPABILITY``), so is this.
+    """
     extension = load_kernels()
     if extension is None or head_size % HEAD_STEP or head_size > LARGEST_HEAD:
         return None
     kernels = map(CompiledKernel, extension.list_kernels())
-    return next((kernel for kernel in kernels if kernel.dtype == dtype), None)
+    held = "AVX2" in torch.backends.cpu.get_cpu_capability()
+    return next((k for k in kernels if k.dtype == dtype and not (held and "AVX-512" in k.instructions)), None)
 
 
 class CompiledAttention(torch.autograd.Function):
