@@ -12,6 +12,11 @@ from koret.figures import make_figure, save_figure
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
 COLOURS = {"base": "#b8bec7", "model": "#2d6cb3", "lexical": "#e08a3c"}
+# Where names stand beside points of a picture of trainings that would cover one another.
+LABELS = {
+    "koret": ((2, 6), "left"), "koret-lean": ((6, -3), "left"), "koret-small": ((2, -11), "center"),
+    "naive": ((5, -6), "left"),
+}  # fmt: skip
 NAMES = {"base": "base", "model": "tuned with koret", "lexical": "BM25"}
 
 
@@ -61,6 +66,40 @@ def draw_recipes() -> Path:
     return save_figure(figure, PICTURES / "recipes.svg")
 
 
+def draw_train_speed() -> Path:
+    """Speed over memory of every arm, a panel a case: what is higher and further left is better."""
+    cases = json.loads((RESULTS / "train_speed_avx512.json").read_text(encoding="utf-8"))["cases"]
+    figure, axes = make_figure(3, -(-len(cases) // 3), width=3.2, height=2.7)
+    for place, case in zip(axes, cases, strict=True):
+        for name, row in case["rows"].items():
+            if "error" in row or name == "koret-compiled":
+                continue
+            kind = "model" if name.startswith("koret") else "base" if name == "naive" else "lexical"
+            x, y = row["peak_bytes"] / 2**30, row["pairs_per_second"]
+            place.plot(x, y, "o", color=COLOURS[kind], markersize=6 if name == "koret" else 4)
+            shift, side = LABELS.get(name, ((5, -2), "left"))
+            place.annotate(name, (x, y), xytext=shift, textcoords="offset points", ha=side, fontsize=6.5)
+        missing = [name for name, row in case["rows"].items() if "error" in row]
+        if missing:
+            words = f"{case['rows'][missing[0]]['error']}:\n{', '.join(missing)}"
+            place.text(0.04, 0.05, words, transform=place.transAxes, fontsize=6.5)
+        place.set_xscale("log")
+        place.set_yscale("log")
+        place.set_title(f"question → {case['task']}, batch {case['batch']}", fontsize=8.5)
+        place.tick_params(labelsize=7)
+        for axis, ticks in ((place.xaxis, (1, 2, 4, 8, 16)), (place.yaxis, (1, 2, 5, 10, 20, 50, 100))):
+            axis.set_ticks(ticks, map(str, ticks))
+            axis.set_ticks([], minor=True)
+        top = max(row["pairs_per_second"] for row in case["rows"].values() if "error" not in row)
+        place.set_xlim(0.6, 34)  # after the ticks, which widen what they are put on
+        place.set_ylim(top / 20, top * 1.6)
+    for place in axes[3:]:
+        place.set_xlabel("peak memory, GB", fontsize=8)
+    for place in axes[::3]:
+        place.set_ylabel("pairs a second", fontsize=8)
+    return save_figure(figure, PICTURES / "train_speed_cases.svg")
+
+
 def draw_train_curves() -> Path:
     """The loss of koret and of sentence-transformers on the same batches, one over the other."""
     found = json.loads((RESULTS / "train_curves.json").read_text(encoding="utf-8"))
@@ -79,6 +118,7 @@ def main() -> None:
     print(draw_korquad1())
     if (RESULTS / "recipes.json").is_file():
         print(draw_recipes())
+    print(draw_train_speed())
     if (RESULTS / "train_curves.json").is_file():
         print(draw_train_curves())
 

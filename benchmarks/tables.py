@@ -263,6 +263,11 @@ def train_speed_float32() -> str:
     return train_speed("train_speed_float32")
 
 
+def train_speed_avx2() -> str:
+    """The same held to what a processor with AVX2 alone has."""
+    return train_speed("train_speed_avx2")
+
+
 def train_speed_avx512() -> str:
     """The same on a processor with bfloat16 in AVX-512, without a matrix unit."""
     return train_speed("train_speed_avx512")
@@ -358,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
         hybrid,
         train_speed,
         train_speed_float32,
+        train_speed_avx2,
         train_speed_avx512,
         lexical,
         data_speed,

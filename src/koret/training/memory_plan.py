@@ -39,7 +39,7 @@ def plan_memory(
 
     As a whole, keeping everything, where that fits into half of the free memory and under ``limit``, the bytes that
     this process may hold. Else q, k and v are computed again in the backward pass, in as few layers as will do: in all
-    of them four sevenths are kept, and a step takes 7% more time. What does not fit then either goes in pieces
+    of them four sevenths are kept, and a step takes a tenth longer. What does not fit then either goes in pieces
     (GradCache), which takes two fifths more (docs/RESULTS.md).
 
     ``asked``: tokens at a time that were asked for. ``merges``: whether a merged copy of the model is made at the end.
