@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from toys import train_until
 
 from koret.retrieval import packed, tokenwise
 from koret.retrieval.encoder import load_encoder
@@ -105,13 +106,7 @@ def test_a_compiler_that_fails_is_left_alone(encoder, tried_here, monkeypatch, w
 def test_a_training_tries_it_and_keeps_to_what_it_found(make_config, toy_data, silent, tried_here, monkeypatch):
     monkeypatch.setattr(compilation, "KEPT", float("inf"))
     trainer = EmbeddingTrainer(make_config(lora_dropout=0.0), dataset=toy_data, console=silent)
-
-    def stop(step):
-        raise KeyboardInterrupt
-
-    trainer._take_step = stop
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    train_until(trainer, 1)
     said = silent.file.getvalue()
     assert "torch.compile was tried and is used" in said and "fused by torch.compile" in said
     assert json.loads((trainer.run_dir / "environment.json").read_text())["resolved"]["torch_compile"] is True
@@ -132,17 +127,7 @@ def test_a_compiled_training_resumes_to_the_same_bits(make_config, toy_data, sil
     whole = EmbeddingTrainer(config, dataset=toy_data, console=silent)
     whole.train()
     cut = EmbeddingTrainer(config, dataset=toy_data, console=silent)
-    take_step = cut._take_step
-
-    def stop_later(step):
-        if step.number == 4:
-            raise KeyboardInterrupt
-        take_step(step)
-
-    cut._take_step = stop_later
-    with pytest.raises(KeyboardInterrupt):
-        cut.train()
-    resumed = EmbeddingTrainer.resume(cut.run_dir, dataset=toy_data, console=silent)
+    resumed = EmbeddingTrainer.resume(train_until(cut, 4), dataset=toy_data, console=silent)
     resumed.train()
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, resumed.parameters[name])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from crashes import read_outcome
 from rich.console import Console
-from toys import make_dataset
+from toys import make_dataset, train_until
 
 from koret import cli
 from koret.data.keys import fold_text, normalize_answer, text_key
@@ -374,16 +374,7 @@ def test_remining_and_a_resume_anywhere_give_the_weights_of_an_unbroken_run(make
 def test_a_mined_file_that_vanished_is_not_made_up(make_config, toy_data, tmp_path):
     config = make_config(max_steps=None, num_epochs=2, remine_every=1, save_steps=5)
     trainer = EmbeddingTrainer(config, dataset=toy_data, console=Console(file=io.StringIO()))
-    take = trainer._take_step
-
-    def take_step(step):
-        if step.number == 17:
-            raise Stopped
-        take(step)
-
-    trainer._take_step = take_step
-    with pytest.raises(Stopped):
-        trainer.train()
+    train_until(trainer, 17, Stopped)
     (run,) = find_runs(config.log_dir)
     assert trainer.job.schedule.steps_of_epoch[0] < 15  # the newest checkpoint lies in the second epoch
     (run.path / "negatives" / "epoch-0001.jsonl").unlink()

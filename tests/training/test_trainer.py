@@ -15,7 +15,7 @@ import pytest
 import torch
 from crashes import read_outcome
 from rich.console import Console
-from toys import make_dataset
+from toys import make_dataset, train_until
 
 from koret.commands import train as commands
 from koret.config import TrainingConfig
@@ -447,21 +447,9 @@ def test_a_resumed_trainer_trains_once(stopped, toy_data, silent, monkeypatch):
         trainer.train()
 
 
-def stop_at_once(trainer):
-    """The directory of its run, which has scored the base and taken no step."""
-
-    def stop(step):
-        raise KeyboardInterrupt
-
-    trainer._take_step = stop
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    return trainer.run_dir
-
-
 def test_a_prefix_that_looks_like_a_path_stays_as_it_is(make_config, toy_data, silent):
     config = make_config(query_prefix="[/INST] ", passage_prefix="</s>글: ")
-    begun = stop_at_once(EmbeddingTrainer(config, dataset=toy_data, console=silent))
+    begun = train_until(EmbeddingTrainer(config, dataset=toy_data, console=silent), 1)
     run = EmbeddingTrainer.resume(begun, dataset=toy_data, console=silent).train()
     assert run.config["query_prefix"] == "[/INST] " and run.config["passage_prefix"] == "</s>글: "
     saved = json.loads((run.path / "model" / "training_config.json").read_text())
@@ -475,7 +463,7 @@ def test_another_pooling_is_another_base(make_config, toy_data, tiny_model, tmp_
     data = dataclasses.replace(toy_data, directory=prepared)  # where scores of bases are kept
     config, pooling = make_config(model_name=str(model)), model / "1_Pooling" / "config.json"
     _, first = train(config, data)
-    begun = stop_at_once(EmbeddingTrainer(config, dataset=data, console=silent))
+    begun = train_until(EmbeddingTrainer(config, dataset=data, console=silent), 1)
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode": "cls"}))
     with pytest.raises(SettingsChanged, match="the base model changed"):
         EmbeddingTrainer.resume(begun, dataset=data, console=silent).train()

@@ -1,4 +1,4 @@
-"""A tiny BERT with random weights, and a small data set in which questions share words with their passage."""
+"""A tiny BERT with random weights, data whose questions share words with their passage, and a stop on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from koret.data.keys import normalize_answer, text_key
@@ -62,3 +63,18 @@ def build_tiny_model(folder: Path, vocabulary: list[str]) -> None:
         max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
+
+
+def train_until(trainer, number: int, error: type[BaseException] = KeyboardInterrupt) -> Path:
+    """Train, and raise ``error`` before step ``number``; the directory of the run."""
+    take_step = trainer._take_step
+
+    def take(step):
+        if step.number == number:
+            raise error
+        take_step(step)
+
+    trainer._take_step = take
+    with pytest.raises(error):
+        trainer.train()
+    return trainer.run_dir
