@@ -2,7 +2,8 @@
 
 ``DEVICE`` holds tensors that no tensor of the CPU may be mixed with (numbers, and indices as on CUDA, may), draws from
 a generator of its own, and notes in ``waits`` whenever the program would have to wait for it: a value asked for, a
-shape that depends on values, a copy that blocks. Kernels and memory are not what this is about.
+shape that depends on values, a copy that blocks, as one from memory that is not pinned may. Kernels and how much memory
+there is are not what this is about.
 
 Importing registers the device with torch for the whole process and for good: do it in a process of its own.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ import torch
 from torch import library
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from koret.retrieval.devices import PINNED
 
 NAME = "pretend"
 SOURCES = str(Path(__file__).resolve().parents[2] / "src")
@@ -40,6 +44,7 @@ class Wait(NamedTuple):
 
 waits: list[Wait] = []
 _places: dict[int, int] = {}  # of storages on the device: where on the CPU their numbers are
+_pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 _random = {"state": torch.Generator().manual_seed(0).get_state()}
 
 
@@ -59,6 +64,13 @@ class _Module(_DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
+def _pin(x: torch.Tensor) -> torch.Tensor:
+    """x in memory that the device copies from on its own."""
+    pinned = x.clone()
+    _pinned[id(pinned)] = pinned
+    return pinned
+
+
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 DEVICE = torch.device(NAME, 0)
 # The generators of CUDA are what koret saves and puts back beside the CPU's: here they are this device's.
@@ -66,6 +78,9 @@ torch.cuda.is_initialized, torch.cuda.device_count = lambda: True, lambda: 1
 torch.cuda.get_rng_state_all = lambda: [_random["state"].clone()]
 torch.cuda.set_rng_state_all = lambda states: _random.update(state=states[0].clone())
 torch.cuda.set_rng_state = lambda state, device=0: _random.update(state=state.clone())
+
+PINNED.add(NAME)
+torch.Tensor.pin_memory = _pin
 
 _find_place = torch.UntypedStorage.data_ptr
 torch.UntypedStorage.data_ptr = lambda self: _places[self._cdata] if self.device.type == NAME else _find_place(self)
@@ -139,8 +154,9 @@ def _copy(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     source = args[0] if into is None else args[1]
     ahead = named.pop("non_blocking", args[2] if into is not None and len(args) > 2 else False)
     target = into.device if into is not None else torch.device(named.pop("device", None) or source.device)
-    if target.type != source.device.type and not (ahead and target.type == NAME):
-        _note(f"copy of {tuple(source.shape)} from {source.device.type} to {target.type}")
+    if target.type != source.device.type and not (ahead and target.type == NAME and id(source) in _pinned):
+        how = ", unpinned" if ahead else ""
+        _note(f"copy of {tuple(source.shape)} from {source.device.type} to {target.type}{how}")
     if into is not None:
         _lower(into).copy_(_lower(source))
         return into

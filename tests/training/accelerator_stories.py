@@ -254,7 +254,12 @@ def mix() -> dict[str, str]:
         x + torch.arange(4.0)
     except RuntimeError as error:
         said["sum"] = str(error)
-    for name, ask in (("item", lambda: x.sum().item()), ("mask", lambda: x[x > 1]), ("copy", lambda: x.cpu())):
+    for name, ask in (
+        ("item", lambda: x.sum().item()),
+        ("mask", lambda: x[x > 1]),
+        ("copy", lambda: x.cpu()),
+        ("unpinned", lambda: torch.ones(3).to(accelerator.DEVICE, non_blocking=True)),
+    ):
         before = len(accelerator.waits)
         ask()
         said[name] = "; ".join(wait.what for wait in accelerator.waits[before:])

@@ -92,3 +92,4 @@ def test_what_must_not_happen_would_be_noticed(told):
     assert mixed["sum"] == "expected all tensors on one device: aten::add of pretend got (4,) of the CPU"
     assert mixed["item"] == "aten::_local_scalar_dense" and mixed["mask"] == "aten::index"
     assert mixed["copy"] == "copy of (4,) from pretend to cpu"
+    assert mixed["unpinned"] == "copy of (3,) from cpu to pretend, unpinned"

@@ -23,6 +23,7 @@ from koret import runs
 from koret.retrieval import offline
 from koret.retrieval.bundle import Bundle, open_bundle
 from koret.retrieval.bundle_folder import find_snapshot, is_latest, read_bundle, write_bundle
+from koret.retrieval.devices import send
 from koret.retrieval.packed import PackedEncoder, Recompute, explain_unsupported
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ class TextEncoder:
         for row, x in enumerate(ids):
             tokens[row, : len(x)] = torch.from_numpy(x)
             mask[row, : len(x)] = 1
-        tokens, mask = (part.to(self.device, non_blocking=True) for part in (tokens, mask))
+        tokens, mask = (send(part, self.device) for part in (tokens, mask))
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return self._bundle(tokens, mask)
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from koret.retrieval.devices import send
+
 BLOCK = 64  # tokens of a block that short texts share
 SHORT = 48  # texts up to this many tokens share blocks; longer ones stand alone
 PADDED_GROUPS, STEP = 4, 8  # where texts are padded: groups of like length at most, and what lengths are multiples of
@@ -174,5 +176,5 @@ def find_firsts(layout: Layout, sizes: Sequence[int], device: torch.device) -> t
     cuts = np.searchsorted(starts, ends)
     rows = [own - end + size for own, end, size in zip(np.split(starts, cuts[:-1]), ends, sizes, strict=True)]
     places = np.argsort(order)
-    *own, back = (torch.from_numpy(part).to(device, non_blocking=True) for part in (*rows, places))
+    *own, back = (send(part, device) for part in (*rows, places))
     return own, back

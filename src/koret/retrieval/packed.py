@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from koret.retrieval.attention import AttentionPath, FlatTexts, Groups, PaddedTexts, choose_path, mix_tokens
 from koret.retrieval.compiled import CompiledGelu, CompiledKernel, Norm
+from koret.retrieval.devices import send
 from koret.retrieval.layer import PLACES, FrozenLayer, Layer, LayerRun, count_kept, list_linears
 from koret.retrieval.layout import cut_slices, find_firsts, plan_flat_layout, plan_layout, plan_padded_layout
 from koret.retrieval.linear import (
@@ -154,8 +155,8 @@ class PackedEncoder:
             span = slice(start, start + len(tokens))
             flat[0, span], flat[1, span], flat[2, span] = tokens, np.arange(len(tokens)), number
         # All that the layers and pooling need of the layout goes ahead of them: none of it is waited for in between.
-        tokens, positions, owner = torch.from_numpy(flat).to(device, non_blocking=True)
-        lengths = torch.tensor(layout.lengths).to(device, non_blocking=True)
+        tokens, positions, owner = send(flat, device)
+        lengths = send(torch.tensor(layout.lengths), device)
         slices = [(layout.tokens, layout.groups)] if most is None else cut_slices(layout, most)
         step = ROWS if path.takes_slices and self._multiplies_by_onednn(layers) else 1
         sizes = [size for size, _ in slices]
@@ -175,10 +176,9 @@ class PackedEncoder:
             at, _, length, _ = groups[-1]
             bounds = torch.tensor([*(at for at, *_ in groups), at + length], dtype=torch.int32)
             longest = max(length for _, _, length, _ in groups)
-            return FlatTexts(bounds.to(device, non_blocking=True), longest, path.kernel)
+            return FlatTexts(send(bounds, device), longest, path.kernel)
         groups = [
-            (at, n, length, None if mask is None else mask.to(device, self.dtype, non_blocking=True))
-            for at, n, length, mask in groups
+            (at, n, length, None if mask is None else send(mask, device, self.dtype)) for at, n, length, mask in groups
         ]
         return PaddedTexts(groups) if path.layout == "padded" else groups
 

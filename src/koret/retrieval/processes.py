@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from koret.retrieval.devices import send
+
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
 BUCKET = 16 << 20  # numbers summed over the processes at a time
@@ -193,7 +195,7 @@ class Group:
         """
         if self.alone:
             return own
-        order = torch.from_numpy(np.argsort(np.concatenate(shares), kind="stable")).to(own.device)
+        order = send(np.argsort(np.concatenate(shares), kind="stable"), own.device)
         return _GatherRows.apply(own, [len(share) for share in shares], self.process.rank)[order]
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:

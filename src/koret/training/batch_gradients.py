@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from koret.retrieval.devices import send
 from koret.retrieval.encoder import TextEncoder
 from koret.retrieval.layout import cut_by_length
 from koret.retrieval.processes import Group, PeerOutOfMemory
@@ -93,7 +94,7 @@ class BatchGradients:
         device = self.encoder.device
         relations = Relations(
             *(
-                None if part is None else torch.from_numpy(part).to(device, non_blocking=True)
+                None if part is None else send(part, device)
                 for part in (getattr(batch, name) for name in Relations._fields)
             )
         )

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from koret.retrieval.devices import send
+
 Embed = Callable[[list[np.ndarray]], torch.Tensor]  # N token lists -> (N, D), with a graph when gradients are enabled
 
 
@@ -36,10 +38,10 @@ def embed_and_backward(
     Returns:
         The loss, detached.
     """
-    order = torch.from_numpy(np.argsort(np.concatenate(chunks)))  # where each text's embedding stands
+    order = np.argsort(np.concatenate(chunks))  # where each text's embedding stands
     if len(chunks) == 1:
         embeddings = embed([texts[i] for i in chunks[0]])
-        loss = loss_of(embeddings[order.to(embeddings.device, non_blocking=True)])
+        loss = loss_of(embeddings[send(order, embeddings.device)])
         loss.backward()
         return loss.detach()
 
@@ -50,7 +52,7 @@ def embed_and_backward(
             parts.append(embed([texts[i] for i in chunk]))
     last = embed([texts[i] for i in chunks[-1]])
     embeddings = torch.cat([*parts, last.detach()]).requires_grad_()
-    loss = loss_of(embeddings[order.to(embeddings.device, non_blocking=True)])
+    loss = loss_of(embeddings[send(order, embeddings.device)])
     loss.backward()
 
     after = read_random_state()
