@@ -11,7 +11,6 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from koret.retrieval import encoder as encoders
 from koret.retrieval import packed
 from koret.retrieval.attention import AttentionPath
 from koret.retrieval.encoder import TextEncoder, choose_precision, cut_by_tokens, load_encoder
@@ -179,30 +178,6 @@ def test_missing_models_and_impossible_lengths_say_what_to_do(tmp_path):
 
 def test_precision_is_chosen_by_measurement():
     assert choose_precision("cpu") in ("fp32", "bf16")
-
-
-def test_the_first_product_finds_how_many_onednn_may_keep(monkeypatch):
-    """It reads that once; a training chooses its precision before it loads its encoder."""
-    name, found = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", []
-    monkeypatch.setenv(name, "")  # so that what is set below is taken back
-    monkeypatch.delenv(name)
-    monkeypatch.setattr(encoders.F, "linear", lambda x, weight: found.append(encoders.os.environ.get(name)))
-    choose_precision("cpu")
-    assert set(found) == {encoders.PRODUCTS_KEPT}
-
-
-@pytest.mark.parametrize(("slower", "chosen", "most"), [(torch.bfloat16, "fp32", 3), (torch.float32, "bf16", 40)])
-def test_a_type_without_hardware_for_it_is_given_up_after_three_products(monkeypatch, slower, chosen, most):
-    products, clock = [], [0.0]
-
-    def multiply(x, weight):
-        products.append(x.dtype)
-        clock[0] += 0.05 if x.dtype == slower else 0.01
-
-    monkeypatch.setattr(encoders.F, "linear", multiply)
-    monkeypatch.setattr(encoders.time, "perf_counter", lambda: clock[0])
-    assert choose_precision("cpu") == chosen
-    assert products.count(torch.bfloat16) == products.count(torch.float32) == most
 
 
 def test_inference_search_ranks_by_cosine_and_keeps_ties_in_order(encoder, tmp_path):

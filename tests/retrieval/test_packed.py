@@ -20,7 +20,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from koret.retrieval import linear, packed
+from koret.retrieval import linear, packed, products
 
 SHAPE = dict(
     vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
@@ -324,7 +324,7 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
         module.eval()
     encoder = packed.PackedEncoder(module, "mean", torch.float32)
     forward = encoder.forward
-    monkeypatch.setattr(linear, "FEW", 10**6)
+    monkeypatch.setattr(products, "FEW", 10**6)
     with torch.no_grad():
         fast, padded = forward(ids), pool_padded(module, ids)
         assert torch.allclose(fast, padded, atol=2e-5, rtol=0)
@@ -333,30 +333,25 @@ def test_frozen_weights_in_onednn_order_give_the_same_vectors(adapted, monkeypat
         assert torch.allclose(changed, pool_padded(module, ids), atol=2e-5, rtol=0)
         assert not torch.allclose(changed, fast, atol=1e-3)
         assert any(use != "plain" for use, *_ in encoder._frozen)
-        monkeypatch.setattr(linear, "can_reorder", lambda x, weights: False)
+        monkeypatch.setattr(products, "can_order", lambda x, weights: False)
         assert torch.allclose(forward(ids), changed, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("capability, many_gain", [("AVX2", False), ("AVX512", True)])
-def test_many_tokens_are_multiplied_in_onednn_order_where_that_is_faster(capability, many_gain, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    weights, few, many = [torch.ones(3, 32)], linear.FEW, linear.FEW + 1
-    assert linear.gains_from_order(torch.float32, weights, few)
-    assert linear.gains_from_order(torch.float32, weights, many) == many_gain
-    assert not linear.gains_from_order(torch.float64, weights, few)
-    assert not linear.gains_from_order(torch.float32, [torch.ones(3, 32, requires_grad=True)], few)
+@pytest.mark.parametrize("prefers", [False, True])
+def test_many_tokens_are_multiplied_in_onednn_order_where_that_is_faster(prefers, monkeypatch):
+    monkeypatch.setattr(products, "prefers_order", lambda: not prefers)  # what is known comes first
     module = build("bert", torch.float32).requires_grad_(False)
-    encoder = packed.PackedEncoder(module, "mean", torch.float32)
+    encoder = packed.PackedEncoder(module, "mean", torch.float32, prefers_order=prefers)
     with torch.no_grad():
-        encoder.forward(draw_ids([many]))
-        assert any(use != "plain" for use, *_ in encoder._frozen) == many_gain
-        encoder.forward(draw_ids([few]))
+        encoder.forward(draw_ids([products.FEW + 1]))
+        assert any(use != "plain" for use, *_ in encoder._frozen) == prefers
+        encoder.forward(draw_ids([products.FEW]))
         assert any(use != "plain" for use, *_ in encoder._frozen)
 
 
 @pytest.mark.parametrize("gains", [False, True])
 def test_gradients_through_frozen_weights_in_onednn_order_equal_those_of_the_padded_forward(gains, monkeypatch):
-    monkeypatch.setattr(packed, "gains_from_order", lambda dtype, weights, tokens: gains)
+    monkeypatch.setattr(packed, "gains_from_order", lambda dtype, weights, tokens, prefers: gains)
     ids, targets = draw_ids(ODD_LENGTHS), ["query", "value", "dense"]
     module = adapt(target_modules=targets, bias="lora_only")
     aim = torch.randn(len(ids), SHAPE["hidden_size"], dtype=torch.float64)

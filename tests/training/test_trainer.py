@@ -22,6 +22,7 @@ from koret.config import TrainingConfig
 from koret.evaluation.selection import find_runs as find_runs_behind
 from koret.retrieval.encoder import load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run
+from koret.training import trainer as trainers
 from koret.training.batch_gradients import BatchGradients
 from koret.training.measurements import NumericFault
 from koret.training.resume import SettingsChanged
@@ -123,12 +124,14 @@ def test_an_overflow_in_float16_is_counted_where_it_is_recorded(make_config, toy
     assert lines[-1]["step"] == 5 and run.state == "finished"
 
 
-def test_training_learns_the_toy(make_config, toy_data):
-    _, run = train(make_config(num_epochs=30, max_steps=None, learning_rate=2e-2, save_steps=100), toy_data)
+def test_training_learns_the_toy(make_config):
+    """Twice the score: what the last bits of a processor make of a run is much less."""
+    config = make_config(num_epochs=15, max_steps=None, learning_rate=5e-3, batch_size=16, save_steps=100)
+    _, run = train(config, make_dataset(articles=24))
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    assert run.final["ndcg@10"] > run.base["ndcg@10"]
+    assert run.final["ndcg@10"] > 2 * run.base["ndcg@10"]
 
 
 def test_saved_model_adapter_on_base_and_trainer_give_the_same_vectors(trained, toy_data, tiny_model):
@@ -627,3 +630,15 @@ def test_workers_do_not_change_the_weights(make_config, toy_data, tmp_path):
         weights.append({n: p.detach().numpy().tobytes() for n, p in trainer.parameters.items()})
     assert run.data["questions"] == toy_data.questions.num_rows
     assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_resumed_training_multiplies_float32_as_it_began(make_config, toy_data, silent, monkeypatch):
+    """Which way is faster is measured, and would be again."""
+    monkeypatch.setattr(trainers, "prefers_order", lambda: False)
+    stopped = EmbeddingTrainer(make_config(), dataset=toy_data, console=silent)
+    train_until(stopped, 3)
+    assert json.loads((stopped.run_dir / "environment.json").read_text())["resolved"]["prefers_order"] is False
+    monkeypatch.setattr(trainers, "prefers_order", lambda: True)
+    resumed = EmbeddingTrainer.resume(stopped.run_dir, dataset=toy_data, console=silent)
+    resumed.train()
+    assert resumed.encoder.prefers_order is False and "settings changed" not in silent.file.getvalue()

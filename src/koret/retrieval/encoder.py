@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from koret.retrieval.bundle import Bundle, open_bundle
 from koret.retrieval.bundle_folder import find_snapshot, is_latest, read_bundle, write_bundle
 from koret.retrieval.devices import send
 from koret.retrieval.packed import PackedEncoder, Recompute, explain_unsupported
+from koret.retrieval.products import compare_types, limit_products
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,8 +34,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 # Of a backbone's configuration: what decides how its weights are computed with, beside their shapes.
 FORWARD = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type")
-PRODUCTS_KEPT = "256"  # those of a few slices of a batch
-HOPELESS = 2, 2.0  # after so many products, a type that takes so many times as long will not be the faster one
 CHARACTERS_PER_TOKEN = 24  # no tokenizer here makes fewer tokens of more characters; longer texts are clipped first
 log = logging.getLogger(__name__)
 
@@ -63,6 +61,7 @@ class TextEncoder:
         self.prefixes = {"query": query_prefix, "passage": passage_prefix}
         self.recompute: Recompute = "layers" if gradient_checkpointing else 0
         self.compiles = False  # whether torch.compile has a part in training, where the forward is padding-free
+        self.prefers_order: bool | None = None  # whether many tokens of float32 go by oneDNN's order; None: as measured
         self._packed: tuple[nn.Module, PackedEncoder] | None = None
         self.slow_path_reason = self._explain_slow_path()
         if self.slow_path_reason:
@@ -285,8 +284,9 @@ class TextEncoder:
         if self._packed is None or self._packed[0] is not self.backbone:
             forward = PackedEncoder(self.backbone, self.pooling, DTYPES[self.precision])
             self._packed = self.backbone, forward
-        self._packed[1].recompute, self._packed[1].compiles = self.recompute, self.compiles
-        return self._packed[1]
+        forward = self._packed[1]
+        forward.recompute, forward.compiles, forward.prefers_order = self.recompute, self.compiles, self.prefers_order
+        return forward
 
     def _forward_padded(self, ids: Sequence[np.ndarray]) -> Tensor:
         longest = max(len(x) for x in ids)
@@ -317,7 +317,7 @@ def load_encoder(
     'auto' picks what is faster on the device. ``quantize`` 'nf4' keeps the linear layers in 4 bits, for adapters to be
     trained over. Raises ValueError in words where the model cannot be had, RuntimeError where 4 bits cannot.
     """
-    _limit_products()
+    limit_products()
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _find_source(name)
@@ -434,11 +434,11 @@ def _reaches_hub(timeout: float = 5.0) -> bool:
 
 def choose_precision(device: str) -> str:
     """On CUDA 'bf16' where it is native, else 'fp16'; on CPU 'bf16' where a measured product is faster, else 'fp32'."""
-    _limit_products()
+    limit_products()
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.startswith("cpu"):
-        return "bf16" if _compare_products(torch.bfloat16, torch.float32) < 0.7 else "fp32"
+        return "bf16" if compare_types(torch.bfloat16, torch.float32) < 0.7 else "fp32"
     return "fp32"
 
 
@@ -458,33 +458,6 @@ def cut_by_tokens(
             longest = total = len(ids[i])
         batches[-1].append(i)
     return batches
-
-
-def _limit_products() -> None:
-    """Before the first product, which reads it: how many compiled ones oneDNN keeps, a thousand where nobody says.
-
-    A training, whose batches all differ, would hold more from step to step.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
-
-
-def _compare_products(a: torch.dtype, b: torch.dtype, rounds: int = 40) -> float:
-    """How long a layer's product takes in ``a``, as a share of the time in ``b``: the fastest of each, taken in turns.
-
-    Turns over a fifth of a second: what else runs on the machine then slows both alike, or neither's fastest. Fewer
-    where ``a`` is out of the question: a processor without bfloat16 takes ten times as long for it.
-    """
-    best = {a: float("inf"), b: float("inf")}
-    shapes = (512, 384), (1536, 384)
-    factors = {dtype: [torch.randn(shape, dtype=dtype) for shape in shapes] for dtype in best}
-    for done in range(rounds):
-        for dtype, (x, weight) in factors.items():
-            began = time.perf_counter()
-            F.linear(x, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - began)
-        if done >= HOPELESS[0] and best[a] > HOPELESS[1] * best[b]:
-            break
-    return best[a] / best[b]
 
 
 def _track(batches: list[list[int]], label: str, progress: bool):

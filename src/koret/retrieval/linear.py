@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koret.retrieval.compiled import CompiledDropout, CompiledKernel
+from koret.retrieval.products import multiply_ordered
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of numbers of so many bytes
-FEW = 48  # tokens: more of float32, without AVX-512, lose by weights in oneDNN's order
 
 
 @dataclass
@@ -213,33 +213,6 @@ class OrderedLinear(torch.autograd.Function):
             None,
             gradient.sum(dim=0) if trained else None,
         )
-
-
-def multiply_ordered(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """x (T, C) and an ordered W -> W x + bias (T, width)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def gains_from_order(dtype: torch.dtype, weights: list[Tensor], tokens: int) -> bool:
-    """Whether so many tokens of ``dtype`` are multiplied faster with these frozen weights in oneDNN's own order.
-
-    Nothing is reordered at every product then: a few tokens gain most, long batches least, and long batches of float32
-    lose where the processor has no AVX-512, for MKL's kernels are faster there.
-    """
-    if not can_reorder(dtype, weights):
-        return False
-    return tokens <= FEW or dtype != torch.float32 or "AVX2" not in torch.backends.cpu.get_cpu_capability()
-
-
-def can_reorder(dtype: torch.dtype, weights: list[Tensor]) -> bool:
-    """Whether oneDNN can multiply numbers of ``dtype`` with these frozen weights, kept in an order of its own."""
-    return (
-        weights[0].device.type == "cpu"
-        and not any(weight.requires_grad for weight in weights)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
 
 
 def is_four_bit(weight: Tensor) -> bool:

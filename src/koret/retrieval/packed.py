@@ -43,10 +43,10 @@ from koret.retrieval.linear import (
     Linear,
     OrderedWeight,
     find_base,
-    gains_from_order,
     is_four_bit,
     read_adapters,
 )
+from koret.retrieval.products import gains_from_order, order_weight
 from koret.retrieval.shelf import Shelf, ShelfStore
 from koret.retrieval.tokenwise import Parts, begin_layer, compile_parts, end_layer, normalize_plainly
 
@@ -101,15 +101,16 @@ class PackedEncoder:
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = 0,
         compiles: bool = False,
+        prefers_order: bool | None = None,
     ) -> None:
-        """``compiles``: whether torch.compile has a part in training."""
+        """``compiles``: whether torch.compile has a part in training; ``prefers_order``: see ``gains_from_order``."""
         reason = explain_unsupported(backbone)
         if reason:
             raise ValueError(reason)
         from transformers.activations import ACT2FN  # brings half of torch, which a search by words does without
 
         self.backbone, self.pooling, self.dtype, self.recompute = backbone, pooling, dtype, recompute
-        self.compiles = compiles
+        self.compiles, self.prefers_order = compiles, prefers_order
         self.core = find_core(backbone)
         config = backbone.config
         self.heads = config.num_attention_heads
@@ -337,7 +338,8 @@ class PackedEncoder:
         four_bit = any(map(is_four_bit, weights))
         if torch.is_grad_enabled():
             tokens = sys.maxsize  # a few are no training: memory is not worth being spent on them
-        ordered = not four_bit and not self._runs_compiled and gains_from_order(self.dtype, weights, tokens)
+        gains = gains_from_order(self.dtype, weights, tokens, self.prefers_order)
+        ordered = gains and not four_bit and not self._runs_compiled
         return Linear(
             weight=None if four_bit or ordered else self._read(weights),
             ordered=self._read_ordered(weights) if ordered else None,
@@ -354,10 +356,9 @@ class PackedEncoder:
         return self._read_frozen("plain", parameters, lambda stacked: stacked)
 
     def _read_ordered(self, weights: list[Tensor]) -> OrderedWeight:
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        forward, backward = self._read_frozen("forward", weights, lambda w: reorder(w.contiguous())), None
+        forward, backward = self._read_frozen("forward", weights, order_weight), None
         if torch.is_grad_enabled():
-            backward = self._read_frozen("backward", weights, lambda w: reorder(w.t().contiguous()))
+            backward = self._read_frozen("backward", weights, lambda w: order_weight(w.t()))
         return OrderedWeight(forward, backward)
 
     def _read_frozen(self, use: str, parameters: list[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:

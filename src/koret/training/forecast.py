@@ -15,9 +15,9 @@ import torch
 
 from koret.evaluation.tasks import RetrievalTask
 from koret.retrieval.encoder import BATCH_TOKENS, DTYPES, TextEncoder
-from koret.retrieval.linear import gains_from_order
 from koret.retrieval.packed import count_slice_tokens, find_core
 from koret.retrieval.processes import SharedEncoder
+from koret.retrieval.products import gains_from_order
 from koret.training.batches import Batch
 from koret.training.logbook import format_time
 from koret.training.memory import read_held, read_peak, return_freed
@@ -126,7 +126,8 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
     if merges:  # a copy, and where it pays one more in oneDNN's order; the trained model's own is held already
         scoring += count_merged(encoder) * 4
         products = find_products(encoder) if sliced else []
-        scoring += count_weights(products) * size if products and gains_from_order(dtype, products, at_once) else 0
+        ordered = bool(products) and gains_from_order(dtype, products, at_once, encoder.prefers_order)
+        scoring += count_weights(products) * size if ordered else 0
     pieces = -(-heaviest // budget)
     passing = min(tokens, slice_tokens) * numbers * size
     cpu = encoder.device.type == "cpu"  # on CUDA tensors are counted, not memory

@@ -23,6 +23,7 @@ from koret.evaluation.scores import Scores
 from koret.evaluation.tables import format_report
 from koret.retrieval.encoder import TextEncoder, choose_precision, load_encoder
 from koret.retrieval.processes import SharedEncoder, choose_device, join_group
+from koret.retrieval.products import prefers_order
 from koret.runs import Run, create_run, is_run, lock_run, read_run
 from koret.training.batch_gradients import BatchGradients
 from koret.training.batches import Batch
@@ -245,6 +246,9 @@ class EmbeddingTrainer:
         )
         if self.encoder.precision == "fp16" and self.encoder.device.type != "cuda":
             raise ValueError("precision: fp16 trains on CUDA only; use bf16, fp32 or auto here")
+        if self.encoder.device.type == "cpu" and self.encoder.precision == "fp32":
+            known = resolved.get("prefers_order")
+            self.encoder.prefers_order = self.group.lead(prefers_order) if known is None else known
         self.job = self.group.in_turn(
             lambda: prepare_job(
                 config, self.encoder, self._dataset or load_data(config, self.encoder, self.terminal.progress)
@@ -360,6 +364,7 @@ class EmbeddingTrainer:
             "precision": self.encoder.precision,
             "micro_batch_tokens": self.gradients.budget,
             "torch_compile": self.encoder.compiles,
+            "prefers_order": self.encoder.prefers_order,
             "threads": torch.get_num_threads(),
             "processes": self.group.process.count,
         }
