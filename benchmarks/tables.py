@@ -68,7 +68,7 @@ def encode_hours() -> str:
     """What 100 million passages of 256 tokens take at the measured rates, and their vectors at the measured size."""
     found, passages = read("encode_speed"), 100_000_000
     rows = []
-    for name in ("sentence-transformers float32", "koret float32", "OpenVINO int8"):
+    for name in ("sentence-transformers float32", "koret float32", "koret bfloat16", "OpenVINO int8"):
         texts = found["long"]["rows"][name]["tokens_per_second"] / 256
         hours = passages / texts / 3600
         rows.append([name, f"{texts:.1f}", f"{hours:,.0f}", f"{hours / 10:,.0f}"])

@@ -14,6 +14,7 @@ writes a log. Arms:
   koret-lean    the same with --max-memory-gb at --lean-gb
   koret-small   the same with 2,048 tokens encoded at a time (GradCache)
   koret-compiled  the same as koret with --torch-compile true
+  koret-fp32    the same as koret with --precision fp32
   koret-spin    the same as koret with threads that wait as OpenMP has them wait
   naive         the loop many people have: transformers, PEFT, padded batches tokenised as they come
   st            SentenceTransformerTrainer at its defaults, MultipleNegativesRankingLoss, float32
@@ -218,6 +219,7 @@ ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "koret-lean": lambda work, folder: train_koret(work, folder, max_memory_gb=work["lean_gb"]),
     "koret-small": lambda work, folder: train_koret(work, folder, micro_batch_tokens=2048),
     "koret-compiled": lambda work, folder: train_koret(work, folder, torch_compile=True),
+    "koret-fp32": lambda work, folder: train_koret(work, folder, precision="fp32"),
     "koret-spin": train_koret,
     "naive": train_naive,
     "st": train_peer,
@@ -229,7 +231,7 @@ ARMS: dict[str, Callable[[dict[str, Any], Path], Seconds]] = {
     "st-cached": lambda work, folder: train_peer(work, folder, lean=True, bf16=True, cached=True),
     "st-cached-fp32": lambda work, folder: train_peer(work, folder, lean=True, cached=True),
 }
-FLOAT32 = ("naive", "st", "st-sdpa-fp32", "st-eager-fp32", "st-cached-fp32")
+FLOAT32 = ("koret-fp32", "naive", "st", "st-sdpa-fp32", "st-eager-fp32", "st-cached-fp32")
 
 
 def work(name: str, task: Path) -> None:
@@ -306,7 +308,7 @@ def measure(options: argparse.Namespace, model: Path, task: str, batch: int, fol
         clock, cpu = np.array([s for one in found for s in one["seconds"][1:]]).T.tolist()
         seconds = clock if options.device == "cuda" else cpu
         took, peak = float(np.median(seconds)), max(one["peak_bytes"] for one in found)
-        precision = chosen if name.startswith("koret") else "fp32" if name in FLOAT32 else "bf16"
+        precision = "fp32" if name in FLOAT32 else chosen if name.startswith("koret") else "bf16"
         limit = limits[precision]
         rows[name] = {
             "seconds": seconds, "clock_seconds": clock, "median": took,
