@@ -268,6 +268,11 @@ def train_speed_avx2() -> str:
     return train_speed("train_speed_avx2")
 
 
+def train_speed_avx512_float32() -> str:
+    """Everybody in float32 on the same processor."""
+    return train_speed("train_speed_avx512_float32")
+
+
 def train_speed_avx512() -> str:
     """The same on a processor with bfloat16 in AVX-512, without a matrix unit."""
     return train_speed("train_speed_avx512")
@@ -365,6 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
         train_speed_float32,
         train_speed_avx2,
         train_speed_avx512,
+        train_speed_avx512_float32,
         lexical,
         data_speed,
         data_stages,

@@ -121,6 +121,21 @@ def test_near_a_limit_less_growth_is_let_stand(monkeypatch):
     assert given_back == [1170, 1204]
 
 
+@pytest.mark.parametrize(("limit", "returned"), [(None, 991), (950, 912)])
+def test_gradients_of_the_next_step_come_on_top_of_what_is_held(limit, returned, monkeypatch):
+    held, given_back = {"now": 0}, []
+    monkeypatch.setattr(forecast, "read_held", lambda device: held["now"])
+    monkeypatch.setattr(forecast, "return_freed", lambda: given_back.append(held["now"]))
+    peak = PeakForecast(held=100, per_token=10, tokens=60, pieces=1, state=300, scoring=0, saving=0, gradients=10)
+    assert peak.peak == 1000
+    pace = forecast.Pace(50, 100, 100.0, peak, lambda: 1.0, limit=limit)
+    for held["now"] in (800, 900, 911, 912, 921, 990, 991):
+        pace.hold_to(torch.device("cpu"))
+        if given_back:
+            break
+    assert given_back == [returned]
+
+
 def test_a_short_run_is_not_forecast_and_a_longer_one_says_how_true_it_was(make_config, toy_data, silent):
     EmbeddingTrainer(make_config(), dataset=toy_data, console=silent).train()
     assert "forecast" not in silent.file.getvalue()

@@ -20,7 +20,7 @@ from toys import make_dataset, train_until
 from koret.commands import train as commands
 from koret.config import TrainingConfig
 from koret.evaluation.selection import find_runs as find_runs_behind
-from koret.retrieval.encoder import load_encoder
+from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run
 from koret.training import trainer as trainers
 from koret.training.batch_gradients import BatchGradients
@@ -642,3 +642,22 @@ def test_a_resumed_training_multiplies_float32_as_it_began(make_config, toy_data
     resumed = EmbeddingTrainer.resume(stopped.run_dir, dataset=toy_data, console=silent)
     resumed.train()
     assert resumed.encoder.prefers_order is False and "settings changed" not in silent.file.getvalue()
+
+
+def test_scoring_begins_without_what_steps_alone_need_memory_for(make_config, toy_data, silent, monkeypatch):
+    trainer = EmbeddingTrainer(make_config(max_steps=2), dataset=toy_data, console=silent)
+    trainer._prepare()
+    trainer.gradients.add(next(iter(trainer._make_first(1))))
+    if not trainer.encoder.keeps_on_shelves:
+        pytest.skip("nothing is kept on shelves here")
+    shelves, encode, seen = trainer.encoder._packed[1].shelves, TextEncoder.encode, []
+    assert shelves._free
+    monkeypatch.setattr(trainers, "return_freed", lambda: seen.append("given back"))
+
+    def look(self, *texts, **options):
+        seen.append(len(shelves._free))
+        return encode(self, *texts, **options)
+
+    monkeypatch.setattr(TextEncoder, "encode", look)
+    trainer.evaluate()
+    assert seen[:2] == ["given back", 0]

@@ -72,6 +72,7 @@ class PeakForecast:
     passing: int = 0  # what the widest layer computes and does not keep
     later: int = 0  # what is lost beside that in a run
     again: int = 0  # layers whose q, k and v are computed again in the backward pass
+    gradients: int = 0  # of the state: what is free between two steps
 
     @property
     def lost(self) -> float:
@@ -145,6 +146,7 @@ def forecast_peak(encoder: TextEncoder, per_token: int, budget: int, heaviest: i
         passing=passing * (PASSING if shelved else 1),
         later=passing * LATER if shelved else 0,
         again=0 if encoder.recompute == "layers" else encoder.recompute,
+        gradients=trained.gradient_bytes,
     )
 
 
@@ -242,7 +244,8 @@ class Pace:
 
         On a CPU what a step frees is kept for the next one (memory.keep_freed). Batches of other sizes do not quite
         fit into it, so it grows from step to step, the more the longer it is kept. What every step needs is not given
-        back: the next one would wait for fresh pages. Near a limit less growth is let stand.
+        back: the next one would wait for fresh pages. Near a limit less growth is let stand. The next step's gradients
+        come on top of what is held.
         """
         if device.type != "cpu":
             return
@@ -250,9 +253,10 @@ class Pace:
         if self._needed is None:
             self._needed = held
             return
-        most = max(self.expected, self._needed * 1.1)
+        gradients = self.peak.gradients
+        most = max(self.expected - gradients, self._needed * 1.1)
         if self._limit is not None:
-            most = min(most, max(self._limit * 0.97, self._needed * 1.02))
+            most = min(most, max(self._limit * 0.97 - gradients, self._needed * 1.02))
         if held > most:
             return_freed()
             self._needed = None

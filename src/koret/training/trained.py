@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", "TextEncoder", "SentenceTransformer", nn.Module)
 UNUSED = "pooler."  # BERT's head for classification: no vector passes through it, so it never gets a gradient
-STATE_BYTES = 12  # per trained float32 weight: its gradient and the two moments of AdamW
+GRADIENT_BYTES = 4  # per trained float32 weight
+STATE_BYTES = 3 * GRADIENT_BYTES  # its gradient and the two moments of AdamW
 MB = 1 << 20
 
 
@@ -39,6 +40,11 @@ class TrainedWeights:
     def state_bytes(self) -> int:
         """Bytes of gradients and AdamW moments."""
         return self.trained * STATE_BYTES
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Those of them that are free between two steps."""
+        return self.trained * GRADIENT_BYTES
 
     @property
     def full_state_bytes(self) -> int:

@@ -464,7 +464,9 @@ class EmbeddingTrainer:
             self.terminal.say(f"stopped early: {self.at.stale} evaluations without a better score")
 
     def _score(self, name: str, encoder: TextEncoder | None = None) -> list[Scores]:
-        """All processes encode, process 0 ranks."""
+        """All processes encode, process 0 ranks; what steps alone need memory for is let go of."""
+        self.encoder.release_shelves()
+        return_freed()
         shared, scores = SharedEncoder(encoder or self.encoder, self.group), []
         try:
             for evaluator in self.job.evaluators:
