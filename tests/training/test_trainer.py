@@ -20,6 +20,7 @@ from toys import make_dataset, train_until
 from koret.commands import train as commands
 from koret.config import TrainingConfig
 from koret.evaluation.selection import find_runs as find_runs_behind
+from koret.retrieval import products
 from koret.retrieval.encoder import TextEncoder, load_encoder
 from koret.runs import RunBusy, find_runs, lock_run, read_run
 from koret.training import trainer as trainers
@@ -633,12 +634,17 @@ def test_workers_do_not_change_the_weights(make_config, toy_data, tmp_path):
 
 
 def test_a_resumed_training_multiplies_float32_as_it_began(make_config, toy_data, silent, monkeypatch):
-    """Which way is faster is measured, and would be again."""
+    """Which way is faster is measured, and might be found otherwise again; the merged model is scored the same way."""
+
+    def fail():
+        raise AssertionError("measured again")
+
     monkeypatch.setattr(trainers, "prefers_order", lambda: False)
     stopped = EmbeddingTrainer(make_config(), dataset=toy_data, console=silent)
     train_until(stopped, 3)
     assert json.loads((stopped.run_dir / "environment.json").read_text())["resolved"]["prefers_order"] is False
-    monkeypatch.setattr(trainers, "prefers_order", lambda: True)
+    for module in (trainers, products):
+        monkeypatch.setattr(module, "prefers_order", fail)
     resumed = EmbeddingTrainer.resume(stopped.run_dir, dataset=toy_data, console=silent)
     resumed.train()
     assert resumed.encoder.prefers_order is False and "settings changed" not in silent.file.getvalue()

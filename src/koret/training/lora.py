@@ -172,13 +172,15 @@ def merge_lora(encoder: TextEncoder) -> TextEncoder:
         for name, layer in [item for item in backbone.named_modules() if hasattr(item[1], "quant_state")]:
             _replace(backbone, name, layer, dequantize(layer.weight))
         backbone.hf_quantizer.remove_quantization_config(backbone)
-    return TextEncoder(
+    found = TextEncoder(
         merged,
         name=encoder.name,
         precision=encoder.precision,
         query_prefix=encoder.prefixes["query"],
         passage_prefix=encoder.prefixes["passage"],
     )
+    found.prefers_order = encoder.prefers_order
+    return found
 
 
 def is_quantized(backbone: nn.Module) -> bool:
