@@ -12,9 +12,8 @@ from test_packed import FAMILIES, ODD_LENGTHS, adapt, build, draw_ids, pool_padd
 
 from koret.retrieval import packed
 
-GRAPHS = (
-    4  # the first layer's beginning, the others', their end where the input needs a gradient, and where it does not
-)
+# The first layer's beginning, the others', their end where the input needs a gradient, and where it does not.
+GRAPHS = 4
 
 
 @pytest.fixture(autouse=True)

@@ -87,18 +87,8 @@ def test_what_was_freed_is_given_back_where_more_is_held_than_was_forecast_and_t
     monkeypatch.setattr(forecast, "return_freed", give_back)
     pace = Pace(total=30, every=10, step_tokens=50, peak=PEAK, time_scorings=lambda: 2.0)
     assert pace.expected == 1430
-    steps = (
-        1400,
-        1430,
-        1431,
-        1440,
-        1500,
-        1584,
-        1585,
-        1300,
-        1430,
-        1431,
-    )  # a step needs 1440, a tenth more is 1584
+    # A step needs 1440, a tenth more is 1584.
+    steps = (1400, 1430, 1431, 1440, 1500, 1584, 1585, 1300, 1430, 1431)
     for now in steps:
         held["now"] = now
         pace.hold_to(torch.device("cpu"))
