@@ -74,13 +74,9 @@ def measure(run: runs.Run, to: str, given: dict) -> dict:
     given = {key: run.config["dataset_root"] if value == "run" else value for key, value in given.items()}
     with tempfile.TemporaryDirectory() as room:
         try:
-            parity = exporting.export_model(run.path, to, out=Path(room) / "export", **given).parity
+            return exporting.export_model(run.path, to, out=Path(room) / "export", **given).parity.to_dict()
         except exporting.ParityFailed as failed:
-            parity = failed.parity
-    report = parity.to_dict()
-    if report["strength"] is not None:  # where the run lies is of no interest
-        report["strength"]["model"] = run.path.name
-    return report
+            return failed.parity.to_dict()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def test_openvino_gives_the_vectors_whatever_stands_beside_a_text(run, tmp_path)
     assert np.einsum("nd,nd->n", together, alone).min() > 0.999
 
 
-def test_strength_dims_bits_and_trim_together(run, questions, tmp_path):
+def test_strength_dims_bits_and_trim_together(run, questions, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
     done = export(
         run, "merged", tmp_path / "out", lora_strength=0.5, dims=24, binary=True, trim_vocab=questions,
         trim_anyway=True, limit_ndcg=2.0,
@@ -97,6 +98,9 @@ def test_strength_dims_bits_and_trim_together(run, questions, tmp_path):
     assert {way["name"] for way in report["stored"]} >= {"float32", "binary", "binary, int8 rescoring"}
     assert done.record["vectors"] == {"search": "ubinary", "rescore": "int8", "oversample": 4}
     assert done.record["dimensions"] == 24
+    assert report["strength"]["model"] == run.name
+    for name in ("export.json", "parity.json", "README.md"):  # a folder that is shipped
+        assert str(run.parent) not in (done.folder / name).read_text(encoding="utf-8"), name
 
 
 def test_what_was_forgotten_elsewhere_is_said_at_every_strength(run, tmp_path, capsys):

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from koret.retrieval import packed
 from koret.retrieval.attention import AttentionPath
-from koret.retrieval.encoder import TextEncoder, choose_precision, cut_by_tokens, load_encoder
+from koret.retrieval.encoder import TextEncoder, cut_by_tokens, load_encoder
 from koret.retrieval.inference import E5KorQuADInference
 
 TEXTS = [
@@ -174,10 +174,6 @@ def test_missing_models_and_impossible_lengths_say_what_to_do(tmp_path):
         load_encoder(tmp_path)
     with pytest.raises(ValueError, match="at most 512"):
         load_encoder("offline", max_seq_length=1024)
-
-
-def test_precision_is_chosen_by_measurement():
-    assert choose_precision("cpu") in ("fp32", "bf16")
 
 
 def test_inference_search_ranks_by_cosine_and_keeps_ties_in_order(encoder, tmp_path):

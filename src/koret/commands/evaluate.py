@@ -13,6 +13,7 @@ from rich.text import Text
 from koret.commands.data import add_loading_options, loading_options
 from koret.commands.screen import open_console, print_json
 from koret.files import write_json
+from koret.privacy import scrub
 
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.trec:
         outputs.save_trec(report, options.trec)
     if options.json and options.json != "-":
-        write_json(Path(options.json), report.to_dict())
+        write_json(Path(options.json), scrub(report.to_dict()))
     if options.json == "-":
         print_json(report.to_dict())
     else:

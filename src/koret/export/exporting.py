@@ -21,6 +21,7 @@ from koret.export import conversion, layout, parity, vocabulary
 from koret.export.binary import OVERSAMPLE
 from koret.export.parity import LIMITS, Parity
 from koret.export.runtime import open_exported
+from koret.privacy import scrub
 from koret.retrieval.encoder import TextEncoder, load_encoder
 
 TARGETS = ("merged", "onnx", "openvino")
@@ -140,8 +141,8 @@ def export_model(
             progress=progress,
         )
         found.trim, found.strength = trimmed, strength
-        files.write_json(folder / RECORD, record)
-        files.write_json(folder / REPORT, found.to_dict())
+        files.write_json(folder / RECORD, scrub(record))
+        files.write_json(folder / REPORT, scrub(found.to_dict()))
         _write_card(folder, trained, record, found)
         if not found.passed:
             left = "nothing was written"
@@ -240,7 +241,7 @@ def _set_strength(
     start, end = sweep.copy_state(base), sweep.copy_state(encoder)
     found = sweep.sweep_encoders(encoder, base, tasks, weights=(strength, 1.0), progress=progress)
     sweep.set_state(encoder, sweep.interpolate(start, end, strength))
-    return {"weight": strength, **found.to_dict()}
+    return {"weight": strength, **found.to_dict(), "model": run.name}
 
 
 def _describe_trim(trim: vocabulary.Trim, proof: vocabulary.Proof, source: str | Path) -> dict[str, Any]:
